@@ -1,0 +1,41 @@
+"""Nested structures of tensors: their leaves, and the same structure around other leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) for every leaf of nested lists, tuples and dicts; `None` is no leaf."""
+    if tree is None:
+        return
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from leaves(value, f"{path}[{index}]")
+    else:
+        yield path, tree
+
+
+def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
+    """The structure of `tree` with its leaves, in order, taken from `new_leaves`."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        # a shallow copy keeps the class and what it carries (a defaultdict's factory)
+        result = copy.copy(tree)
+        result.update({key: rebuild(value, new_leaves) for key, value in tree.items()})
+        return result
+    if isinstance(tree, list | tuple):
+        items = [rebuild(value, new_leaves) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return next(new_leaves)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The structure of `tree` with `function` applied to every leaf."""
+    return rebuild(tree, (function(leaf) for _, leaf in leaves(tree)))

@@ -15,10 +15,12 @@ from clipcore.errors import (
 )
 from clipcore.hookspecs import hookimpl
 from clipcore.plugins import backend_of, backends, get_backend
+from clipcore.training import Attachment, attach, compile
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "Backend",
     "BackendError",
     "ClipByGlobalNorm",
@@ -32,11 +34,13 @@ __all__ = [
     "MigrationError",
     "NonFinite",
     "Policy",
+    "attach",
     "backend_of",
     "backends",
     "clip",
     "clip_",
     "clip_grads_",
+    "compile",
     "get_backend",
     "hookimpl",
     "limit_",

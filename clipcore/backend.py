@@ -150,6 +150,16 @@ class ModelBackend(Backend, Protocol):
         """A model that is one layer of `kind`, for conformance: canonical settings, canonical shapes by role."""
 
 
+class TrainingBackend(Backend, Protocol):
+    """Optimizers that a policy can be attached to."""
+
+    def attach(self, optimizer: Any, policy: Any, model: Any) -> Any:
+        """A `clipcore.training.Attachment`: from now on every step's gradients are clipped, see `clipcore.attach`."""
+
+    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Any) -> tuple[Any, Any, Any]:
+        """See `clipcore.compile`."""
+
+
 class Watcher(Protocol):
     """Sees a model run, layer by layer, in order of execution; may replace what flows."""
 

@@ -10,9 +10,9 @@ import numpy as np
 from clipcore.backend import Backend
 from clipcore.clipping.host import HostPrimitives
 from clipcore.clipping.kernels import MULTIPLY_DTYPE
-from clipcore.clipping.policies import Policy
+from clipcore.clipping.policies import Policy, check_policy
 from clipcore.clipping.report import ClipReport
-from clipcore.errors import BackendError, InvalidInput, InvalidPolicy, NonFinite
+from clipcore.errors import BackendError, InvalidInput, NonFinite
 from clipcore.plugins import backend_of, get_backend
 from clipcore.structure import leaves, rebuild
 
@@ -114,10 +114,7 @@ def _model_or_params(model_or_params: Any) -> tuple[Any, Backend]:
 
 def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], list[Any], Backend]:
     """Paths and tensors of a structure, and their one backend; everything a caller can get wrong is refused here."""
-    if not isinstance(policy, Policy):
-        raise InvalidPolicy(
-            f"policy is {policy!r} of type {type(policy).__name__}; expected a policy, say ClipByGlobalNorm(1.0)"
-        )
+    check_policy(policy)
     pairs = list(leaves(grads))
     paths, tensors = [path for path, _ in pairs], [tensor for _, tensor in pairs]
     owner = get_backend(name) if name or not tensors else _owner(tensors[0], paths[0])

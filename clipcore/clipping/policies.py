@@ -64,6 +64,14 @@ def policy_from_config(config: dict[str, Any]) -> Policy:
         raise InvalidPolicy(f"policy {name!r}: {err}") from err
 
 
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy with InvalidPolicy."""
+    if not isinstance(policy, Policy):
+        raise InvalidPolicy(
+            f"policy is {policy!r} of type {type(policy).__name__}; expected a policy, say ClipByGlobalNorm(1.0)"
+        )
+
+
 def _check_number(policy: Policy, name: str, low: float, high: float = math.inf) -> None:
     value = getattr(policy, name)
     try:

@@ -38,7 +38,8 @@ def canonical_shape(layer: Layer, role: str) -> tuple[int, ...]:
     # one number with strides of 0 stands for the whole tensor, so that nothing is allocated
     stand_in = np.broadcast_to(np.zeros((), np.int8), tensor.shape)
     pattern = f"{tensor.layout} -> {canonical_layout(layer, role)}"
-    return apply_pattern(stand_in, pattern, _used(pattern, axis_sizes(layer)), f"{layer.name}: {role}").shape
+    shape: tuple[int, ...] = apply_pattern(stand_in, pattern, axis_sizes(layer), f"{layer.name}: {role}").shape
+    return shape
 
 
 def transformation(source: Layer, target: Layer, role: str) -> tuple[str, dict[str, int]]:
@@ -59,7 +60,8 @@ def apply_pattern(array: Array, pattern: str, sizes: Mapping[str, int], place: s
         MappingError: naming `place`, where the array's shape does not fit the pattern.
     """
     try:
-        result: Array = rearrange(array, pattern, **sizes)
+        # einops warns of axes that are named like a keyword of Python
+        result: Array = rearrange(array, re.sub(r"\bin\b", "input", pattern), **_used(pattern, sizes))
     except EinopsError as err:
         raise MappingError(
             f"{place}: a tensor of shape {array.shape} does not fit {pattern!r} with {dict(sizes)}; "
@@ -71,4 +73,4 @@ def apply_pattern(array: Array, pattern: str, sizes: Mapping[str, int], place: s
 def stored(tensor: Tensor, layer: Layer, canonical: Array) -> Array:
     """A canonical array in the layout in which the tensor's framework stores it."""
     pattern = f"{canonical_layout(layer, tensor.role)} -> {tensor.layout}"
-    return apply_pattern(canonical, pattern, _used(pattern, axis_sizes(layer)), tensor.name)
+    return apply_pattern(canonical, pattern, axis_sizes(layer), tensor.name)

@@ -214,19 +214,20 @@ def _round_root(whole: int, exponent: int) -> Wide:
 def _decimal_norm(arrays: Sequence[Array], p: float) -> Wide:
     """The p-norm to 60 decimal digits, element by element: slow, and asked for about once in a million calls."""
     with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
-        squares = (
+        squares = [
             sum((decimal.Decimal(v) ** 2 for v in values), decimal.Decimal(0))
             for array in arrays
             for values in zip(*(part.astype(np.float64).ravel().tolist() for part in reals(array)), strict=True)
-        )
-        if p == math.inf:
-            norm = max(squares, default=decimal.Decimal(0)).sqrt()
-        else:
+        ]
+        top = max(squares, default=decimal.Decimal(0))
+        norm = top.sqrt()
+        if p != math.inf and top:
+            # of the largest square, since even a decimal's exponent has an end: p may be 1e300
             power = decimal.Decimal(p)
-            norm = sum((s ** (power / 2) for s in squares if s), decimal.Decimal(0)) ** (1 / power)
-        top, bottom = norm.as_integer_ratio()
-    shift = max(128 - top.bit_length() + bottom.bit_length(), 0)
-    whole, rest = divmod(top << shift, bottom)
+            norm *= sum(((s / top) ** (power / 2) for s in squares if s), decimal.Decimal(0)) ** (1 / power)
+        numerator, denominator = norm.as_integer_ratio()
+    shift = max(128 - numerator.bit_length() + denominator.bit_length(), 0)
+    whole, rest = divmod(numerator << shift, denominator)
     return _round(whole << 1 | bool(rest), -shift - 1)
 
 

@@ -144,8 +144,9 @@ def _norm(tensors: Sequence[Array], p: float) -> Fraction:
         elif p == 1.0 and all(t.dtype.kind != "c" for t in tensors):
             return _round(sum((abs(re) for t in tensors for re, _ in _elements(t)), Fraction(0)), 53, _UNBOUNDED)
         else:
-            power = Decimal(p)
-            norm = sum((d ** (power / 2) for d in digits if d), Decimal(0)) ** (1 / power)
+            power, largest = Decimal(p), max(digits)
+            ratios = [d / largest for d in digits if d]
+            norm = largest.sqrt() * sum((r ** (power / 2) for r in ratios), Decimal(0)) ** (1 / power)
         return _round(Fraction(norm), 53, _UNBOUNDED)
 
 

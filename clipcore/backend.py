@@ -75,6 +75,7 @@ class Backend(Protocol):
     def from_host(self, array: np.ndarray, like: Any) -> Any:
         """A tensor with the values of `array`, of the class of `like` (its device, sparsity and indices).
 
+        `like` may be None, as in the conformance suite: then a plain tensor on the CPU.
         It may take the array's memory as its own: the caller gives it up. Fresh arrays are aligned to 64 bytes.
         """
 
@@ -147,7 +148,10 @@ class ModelBackend(Backend, Protocol):
         """Overwrite the named tensors, shapes and dtypes as stored; never keeps a reference to an array."""
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """A model that is one layer of `kind`, for conformance: canonical settings, canonical shapes by role."""
+        """A model that is one layer of `kind`, for conformance: canonical settings, canonical shapes by role.
+
+        MappingError where the framework has no such layer (asymmetric padding, a fused activation).
+        """
 
 
 class TrainingBackend(Backend, Protocol):

@@ -31,7 +31,7 @@ def linear(x: Array, tensors: Mapping[str, Array], settings: Mapping[str, Any]) 
 
 
 def conv(x: Array, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Array:
-    """Cross-correlation: y[n, g o, q] = sum over i, k of x[n, g i, q stride + k dilation] kernel[g, o, i, k] + bias[g o].
+    """In groups: y[n, g o, q] = sum over i, k of x[n, g i, q stride + k dilation] kernel[g, o, i, k], plus bias[g o].
 
     Args:
         x: (batch, group in, *spatial), with as many spatial axes as the kernel.
@@ -56,8 +56,9 @@ def conv(x: Array, tensors: Mapping[str, Array], settings: Mapping[str, Any]) ->
     y = np.zeros((batch, groups, outs, *counts))
     for tap in np.ndindex(*window):
         starts = [k * d for k, d in zip(tap, dilation, strict=True)]
-        seen = tuple(slice(at, at + s * (c - 1) + 1, s) for at, s, c in zip(starts, stride, counts, strict=True))
-        y += np.einsum("ngi...,goi->ngo...", grouped[(..., *seen)], kernel[(..., *tap)])
+        seen: Any = [slice(at, at + s * (c - 1) + 1, s) for at, s, c in zip(starts, stride, counts, strict=True)]
+        weights: Any = (..., *tap)
+        y += np.einsum("ngi...,goi->ngo...", grouped[:, :, :, *seen], kernel[weights])
     y = y.reshape(batch, groups * outs, *counts) + _per_channel(_optional(tensors, "bias", 0.0), y.ndim - 1)
     return activate(y, settings.get("activation"), axis=1)
 
@@ -92,13 +93,15 @@ def batch_norm(x: Array, tensors: Mapping[str, Array], settings: Mapping[str, An
         _per_channel(_optional(tensors, role, default), x.ndim)
         for role, default in (("running_mean", 0.0), ("running_var", 1.0), ("scale", 1.0), ("bias", 0.0))
     )
-    return (_double(x) - mean) / np.sqrt(variance + settings["eps"]) * scale + bias
+    result: Array = (_double(x) - mean) / np.sqrt(variance + settings["eps"]) * scale + bias
+    return result
 
 
 def layer_norm(x: Array, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Array:
     """Over the axes that scale and bias have: y = (x - mean) / sqrt(variance + eps) * scale + bias.
 
-    Mean and variance are those of the data over these axes; without scale and bias, over the last one. Source: Ba et al. 2016, arXiv:1607.06450.
+    Mean and variance are those of the data over these axes; without scale and bias, over the last one.
+    Source: Ba et al. 2016, arXiv:1607.06450.
 
     >>> layer_norm(np.array([[1.0, 3.0]]), {"scale": np.array([2.0, 2.0])}, {"eps": 3.0})
     array([[-1.,  1.]])

@@ -14,6 +14,11 @@ from clipcore.errors import (
     NonFinite,
 )
 from clipcore.hookspecs import hookimpl
+from clipcore.mapping.find import plan
+from clipcore.mapping.plan import Difference, Plan, Row
+from clipcore.migration.apply import MigratedTensor, MigrationResult, migrate
+from clipcore.migration.limits import Delta
+from clipcore.migration.verify import Divergence, LayerAgreement, Verification, verify
 from clipcore.plugins import backend_of, backends, get_backend
 from clipcore.training import Attachment, attach, compile
 
@@ -28,12 +33,21 @@ __all__ = [
     "ClipByValue",
     "ClipReport",
     "ClipcoreError",
+    "Delta",
+    "Difference",
+    "Divergence",
     "InvalidInput",
     "InvalidPolicy",
+    "LayerAgreement",
     "MappingError",
+    "MigratedTensor",
     "MigrationError",
+    "MigrationResult",
     "NonFinite",
+    "Plan",
     "Policy",
+    "Row",
+    "Verification",
     "attach",
     "backend_of",
     "backends",
@@ -44,4 +58,7 @@ __all__ = [
     "get_backend",
     "hookimpl",
     "limit_",
+    "migrate",
+    "plan",
+    "verify",
 ]

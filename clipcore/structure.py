@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,11 @@ def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
         items = [rebuild(value, new_leaves) for value in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return next(new_leaves)
+
+
+def plain(tree: Any) -> Any:
+    """The structure with what JSON lacks, NaN and infinities, as None."""
+    return map_leaves(lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, tree)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

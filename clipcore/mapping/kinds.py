@@ -19,6 +19,8 @@ class Kind:
         roles: canonical axes of each tensor, as einops writes them.
         optional: roles that a layer may lack.
         sizes: axes whose length only a setting tells, and that setting.
+        features: of a role, the axis that runs over the features of the layer's input, so that it must follow when
+            those come in another order (after Flatten).
         settings: settings that change the layer's function in inference.
         training_settings: settings that change only how it trains.
     """
@@ -27,6 +29,7 @@ class Kind:
     roles: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     sizes: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     training_settings: tuple[str, ...] = ()
 
@@ -48,6 +51,7 @@ KINDS: dict[str, Kind] = {
             "linear",
             {"kernel": "out in", "bias": "out"},
             optional=frozenset({"bias"}),
+            features={"kernel": "in"},
             settings=("activation",),
         ),
         Kind(  # a depthwise convolution is one with in = 1; 1 to 3 spatial axes stand in "..."
@@ -67,6 +71,7 @@ KINDS: dict[str, Kind] = {
                 "batch_count": "...",
             },
             optional=frozenset({"scale", "bias", "batch_count"}),
+            features=dict.fromkeys(("scale", "bias", "running_mean", "running_var"), "channel"),
             settings=("eps",),
             training_settings=("momentum",),
         ),
@@ -74,6 +79,7 @@ KINDS: dict[str, Kind] = {
             "layer_norm",
             {"scale": "...", "bias": "..."},
             optional=frozenset({"scale", "bias"}),
+            features={"scale": "...", "bias": "..."},
             settings=("eps",),
         ),
         Kind("embedding", {"kernel": "num dim"}),

@@ -11,6 +11,7 @@ from einops import EinopsError, rearrange
 
 from clipcore.backend import Layer, Tensor
 from clipcore.errors import MappingError
+from clipcore.mapping.align import SAME, Arrangement
 from clipcore.mapping.kinds import KINDS
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,10 +43,38 @@ def canonical_shape(layer: Layer, role: str) -> tuple[int, ...]:
     return shape
 
 
-def transformation(source: Layer, target: Layer, role: str) -> tuple[str, dict[str, int]]:
-    """(pattern, sizes) that carry a role's tensor from the source's layout into the target's."""
-    pattern = f"{source.tensors[role].layout} -> {target.tensors[role].layout}"
-    return pattern, _used(pattern, axis_sizes(source))
+def transformation(
+    source: Layer, target: Layer, role: str, arrangement: Arrangement = SAME
+) -> tuple[str, dict[str, int]]:
+    """(pattern, sizes) that carry a role's tensor from the source's layout into the target's.
+
+    Args:
+        arrangement: how the target holds the layer's input; where it flattens a feature map in another order, the
+            axis over the input's features follows.
+    """
+    before, after = source.tensors[role].layout, target.tensors[role].layout
+    sizes = axis_sizes(source) | dict(arrangement.sizes)
+    kind = KINDS.get(source.kind)
+    axis = kind.features.get(role) if kind else None
+    if axis and arrangement is not SAME:
+        before, after = _following(before, after, axis, arrangement, len(source.tensors[role].shape))
+    pattern = f"{before} -> {after}"
+    return pattern, _used(pattern, sizes)
+
+
+def _following(before: str, after: str, axis: str, arrangement: Arrangement, ndim: int) -> tuple[str, str]:
+    """Two layouts of a tensor with `axis` in the order of the input's features."""
+    if "(" in arrangement.source:
+        ours, theirs = (side.removeprefix("... ") for side in (arrangement.source, arrangement.target))
+    elif axis == "..." and ndim > 1:  # a norm over channels and places moves its channel axis with the data's
+        ours, theirs = (side.removeprefix("batch ") for side in (arrangement.source, arrangement.target))
+    else:
+        return before, after
+    return _replace(before, axis, ours), _replace(after, axis, theirs)
+
+
+def _replace(layout: str, axis: str, axes: str) -> str:
+    return " ".join(axes if name == axis else name for name in layout.split())
 
 
 def _used(pattern: str, sizes: Mapping[str, int]) -> dict[str, int]:

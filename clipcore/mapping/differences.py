@@ -1,0 +1,83 @@
+"""Settings in which two matched layers differ, and what would make up for each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from clipcore.backend import Layer
+from clipcore.mapping import reference
+from clipcore.mapping.kinds import KINDS
+from clipcore.mapping.layouts import canonical_shape
+from clipcore.mapping.models import Call
+from clipcore.mapping.plan import Difference
+
+_REMEDIES = {
+    "eps": "build the target's layer with eps={source}",
+    "padding": "build the target's layer with padding {source} (before, after) per axis",
+    "stride": "build the target's layer with stride {source}",
+    "dilation": "build the target's layer with dilation {source}",
+    "padding_mode": "build the target's layer with padding mode {source}",
+    "momentum": "it acts in training alone; in the target's own convention, give it the source's value",
+    "bias": "build the target's layer with a bias",
+    "scale": "build the target's layer with a scale",
+}
+# An activation may stand inside a layer here and behind it there, so a differing one alone is no difference.
+_NOT_COMPARED = {"activation"}
+
+
+def differences_between(source: Layer, target: Layer, call: Call | None) -> list[Difference]:
+    """Every setting in which two matched layers differ.
+
+    Args:
+        call: one call of the source's layer, for paddings that depend on the size of the input.
+    """
+    kind = KINDS.get(target.kind)
+    if kind is None:
+        return []
+    found = [
+        _difference(target.name, role, "present", "absent")
+        for role in source.tensors
+        if role in kind.optional and role not in target.tensors and role in _REMEDIES
+    ]
+    for setting in (*kind.settings, *kind.training_settings):
+        if setting in _NOT_COMPARED:
+            continue
+        ours, theirs = (_setting(layer, setting, source, call) for layer in (source, target))
+        if not _equal(ours, theirs):
+            found.append(_difference(target.name, setting, ours, theirs))
+    return found
+
+
+def _difference(layer: str, setting: str, source: Any, target: Any) -> Difference:
+    remedy = _REMEDIES.get(setting)
+    return Difference(layer, setting, source, target, remedy.format(source=source) if remedy else None)
+
+
+def _setting(layer: Layer, setting: str, source: Layer, call: Call | None) -> Any:
+    value = layer.settings.get(setting)
+    if setting == "padding" and value == "same" and call is not None and call.inputs:
+        return _explicit_padding(layer, source, call)
+    return value
+
+
+def _explicit_padding(layer: Layer, source: Layer, call: Call) -> Any:
+    """What TensorFlow's rule "same" comes to for the input that the source's layer saw."""
+    shape = call.inputs[0].shape
+    window = _window(layer)
+    sizes = shape[2:] if source.settings.get("channels", "first") == "first" else shape[1:-1]
+    pads = reference.paddings("same", sizes, window, layer.settings["stride"], layer.settings["dilation"])
+    return tuple(tuple(int(n) for n in pair) for pair in pads)
+
+
+def _window(layer: Layer) -> tuple[int, ...]:
+    return canonical_shape(layer, "kernel")[3:]
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        # 1 - 0.99 is not 0.01 to the last bit
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+    return bool(ours == theirs)

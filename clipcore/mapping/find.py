@@ -1,0 +1,242 @@
+"""Finding a plan: record the source once, run the target in lock-step, and settle what several places would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipcore.backend import Layer
+from clipcore.errors import InvalidInput, MappingError
+from clipcore.mapping.align import SAME
+from clipcore.mapping.compare import Comparison
+from clipcore.mapping.differences import differences_between
+from clipcore.mapping.lockstep import (
+    Contradiction,
+    LockStep,
+    Match,
+    describe_layer,
+    resemblance,
+    rows_between,
+    signature,
+)
+from clipcore.mapping.models import Call, Side, as_arrays, record, target_samples
+from clipcore.mapping.plan import Difference, Evidence, Plan, Row
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_MOST_RUNS = 400  # of the target, over all ties together
+_OUTPUTS = "<outputs>"
+_OUTPUT_TOLERANCE = 1e-3
+
+
+def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) -> Plan:
+    """Find where every tensor of the target comes from in the source. Both models stay bitwise what they are.
+
+    The source runs once on the sample, the target in lock-step with it; parameters that would hide an error (zero
+    biases, unit scales, fresh statistics) are random while that happens.
+
+    Args:
+        source, target: models of any installed backends.
+        sample: one input as the source takes it: an array or tensor, a tuple (positional arguments) or a dict.
+        target_sample: the same input as the target takes it; left out, it is worked out (NCHW to NHWC and the like).
+    Returns:
+        The Plan: one row per tensor of the target, with evidence and reason.
+    Raises:
+        MappingError: the models share no layer, a layer has no counterpart, or several and nothing to tell them apart.
+        InvalidInput: no model, or a sample that a model does not take.
+    """
+    ours, theirs = Side(source, "source"), Side(target, "target")
+    _check_something_shared(ours, theirs)
+    sample = as_arrays(sample)
+    hiding = ours.hiding()
+    with ours.restored(list(hiding)), theirs.restored():
+        ours.backend.write(ours.model, hiding)
+        calls, outputs = record(ours, sample)
+        weights = ours.copies(ours.tensors)
+        forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
+        step, settled = _Search(Comparison(ours, theirs, calls), outputs, weights).solve(forms)
+    return _assemble(ours, theirs, calls, step, settled)
+
+
+def _check_something_shared(ours: Side, theirs: Side) -> None:
+    signatures = [{signature(layer) for layer in side.layers.values()} for side in (ours, theirs)]
+    if not signatures[0] & signatures[1]:
+        first, second = next(iter(ours.layers.values())), next(iter(theirs.layers.values()))
+        raise MappingError(
+            f"the models share no layer of one kind and shape: the source begins with {first.name!r} "
+            f"({describe_layer(first)}), the target with {second.name!r} ({describe_layer(second)}); "
+            f"are they of the same architecture?"
+        )
+
+
+class _Search:
+    """Runs of the target in lock-step until one agrees everywhere, ties tried in order, true differences excused."""
+
+    def __init__(self, comparison: Comparison, outputs: Any, weights: Mapping[str, Array]) -> None:
+        self._comparison, self._outputs, self._weights = comparison, outputs, weights
+        self._sample: Any = None
+        self._runs = 0
+
+    def solve(self, forms: Sequence[Any]) -> tuple[LockStep, dict[str, Evidence]]:
+        """The run that agrees, and for layers that had several possible places, what settled them."""
+        self._sample = self._first_that_runs(forms)
+        excused: frozenset[str] = frozenset()
+        while True:
+            step, place = self._search((), excused)
+            if place is None:
+                return step, self._settle(step)
+            if place in excused:
+                raise MappingError(f"no mapping found: the target's layer {place!r} fits no origin in the source")
+            excused |= {place}
+
+    def _first_that_runs(self, forms: Sequence[Any]) -> Any:
+        failures = []
+        for form in forms:
+            try:
+                self._comparison.theirs.run(form)
+            except InvalidInput as err:
+                failures.append(err)
+            else:
+                return form
+        raise failures[0]
+
+    def _search(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
+        """Depth first from `choices` on: the first run without contradiction, or the one that came furthest."""
+        furthest: tuple[LockStep, str] | None = None
+        pending: tuple[int, ...] | None = choices
+        while pending is not None and self._runs < _MOST_RUNS:
+            step, place = self._run(pending, excused)
+            if place is None:
+                return step, None
+            if furthest is None or len(step.matches) > len(furthest[0].matches):
+                furthest = step, place
+            pending = _next_choices(step)
+        if furthest is None:
+            raise MappingError(f"no mapping found within {_MOST_RUNS} runs of the target: too many layers fit alike")
+        return furthest
+
+    def _run(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
+        self._runs += 1
+        step = LockStep(self._comparison, self._weights, choices, excused)
+        try:
+            outputs = self._comparison.theirs.run(self._sample, step)
+        except Exception:
+            # frameworks may wrap what a watcher raises
+            if isinstance(step.stopped, Contradiction):
+                return step, step.stopped.place
+            if step.stopped is not None:
+                raise step.stopped from None
+            raise
+        agreed = self._comparison.model_outputs(self._outputs, outputs) <= _OUTPUT_TOLERANCE
+        return step, None if agreed or _OUTPUTS in excused else _OUTPUTS
+
+    def _settle(self, step: LockStep) -> dict[str, Evidence]:
+        """For each tie, whether another choice would do as well; then the names must tell."""
+        settled: dict[str, Evidence] = {}
+        second = _next_choices(step)
+        while second is not None and self._runs < _MOST_RUNS:
+            other, place = self._run(second, step.excused)
+            if place is None:
+                self._settle_by_name(step, other, settled)
+                # one symmetry is settled by names: go on past the tie that showed it
+                turn = next(
+                    i
+                    for i, tie in enumerate(step.ties)
+                    if step.matches[tie.target].source != other.matches[tie.target].source
+                )
+                second = _next_choices(step, turn)
+                continue
+            second = _next_choices(other)
+        return settled
+
+    @staticmethod
+    def _settle_by_name(step: LockStep, other: LockStep, settled: dict[str, Evidence]) -> None:
+        for tie in step.ties:
+            if step.matches[tie.target].source == other.matches[tie.target].source:
+                continue
+            likeness = sorted((resemblance(option, tie.target) for option in tie.options), reverse=True)
+            if likeness[0] == likeness[1] or tie.chosen != 0:
+                raise MappingError(
+                    f"the target's layer {tie.target!r} has several possible origins that compute the same: "
+                    f"{', '.join(map(repr, tie.options))}; nothing but a name can tell them apart: "
+                    f"name the target's layer like its origin"
+                )
+            settled[tie.target] = "name"
+
+
+def _next_choices(step: LockStep, before: int | None = None) -> tuple[int, ...] | None:
+    """The next choices, depth first: the last tie (before turn `before`) with an untried option moves on."""
+    ties = step.ties[:before]
+    for turn in reversed(range(len(ties))):
+        if ties[turn].chosen + 1 < len(ties[turn].options):
+            return (*(tie.chosen for tie in ties[:turn]), ties[turn].chosen + 1)
+    return None
+
+
+def _assemble(ours: Side, theirs: Side, calls: Sequence[Call], step: LockStep, settled: Mapping[str, Evidence]) -> Plan:
+    pairs = {name: (match.source, match.arrangement, *_judge(match, settled)) for name, match in step.matches.items()}
+    pairs.update(_never_run(ours, theirs, step))
+    rows: list[Row] = []
+    differences: list[Difference] = []
+    for name, layer in theirs.layers.items():
+        if name not in pairs:
+            continue
+        source, arrangement, evidence, reason = pairs[name]
+        rows += rows_between(ours.layers[source], layer, arrangement, evidence, reason)
+        call = next((call for call in calls if call.layer == source), None)
+        differences += differences_between(ours.layers[source], layer, call)
+    _check_all_placed(ours, calls, {source for source, *_ in pairs.values()})
+    taken = {name for row in rows for name in row.sources}
+    unused = tuple(name for name in ours.tensors if name not in taken)
+    return Plan(ours.backend.name, theirs.backend.name, _once(rows), unused, tuple(differences))
+
+
+def _once(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Tied tensors stand under several layers, and are written once."""
+    return tuple(
+        {row.target: row for row in reversed(rows)}[name] for name in dict.fromkeys(row.target for row in rows)
+    )
+
+
+def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str]:
+    if match.target in settled:
+        return settled[match.target], f"{match.options} layers compute the same; the names decide"
+    if match.input_error == float("inf"):
+        return "structure", "its input differs from every source layer's; its kind, shape and order decide"
+    if match.output_error > _OUTPUT_TOLERANCE:
+        return "structure", f"same input, but outputs differ by {match.output_error:.1e}: see the differences"
+    reason = f"same input (to {match.input_error:.0e}) and same output (to {match.output_error:.0e})"
+    if match.options > 1:
+        reason += f"; of {match.options} with this input, the one that fits what follows"
+    return "proven", reason
+
+
+def _never_run(ours: Side, theirs: Side, step: LockStep) -> dict[str, tuple[str, Any, Evidence, str]]:
+    """Layers of the target that the sample never reaches: a unique name match with a layer that it never reaches."""
+    taken = {match.source for match in step.matches.values()}
+    pairs: dict[str, tuple[str, Any, Evidence, str]] = {}
+    for name, layer in theirs.layers.items():
+        if name in step.matches:
+            continue
+        free = [n for n, other in ours.layers.items() if n not in taken and signature(other) == signature(layer)]
+        likeness = sorted(((resemblance(n, name), n) for n in free), reverse=True)
+        if not likeness or likeness[0][0] < 0.5 or (len(likeness) > 1 and likeness[0][0] == likeness[1][0]):
+            raise MappingError(
+                f"the target's layer {name!r} ({describe_layer(layer)}) is not reached by the sample, and no name "
+                f"settles its origin (candidates: {', '.join(map(repr, free)) or 'none'}); give one that reaches it"
+            )
+        taken.add(likeness[0][1])
+        pairs[name] = likeness[0][1], SAME, "name", "the sample does not reach it; the only name that fits"
+    return pairs
+
+
+def _check_all_placed(ours: Side, calls: Sequence[Call], taken: set[str]) -> None:
+    left = [name for name in dict.fromkeys(call.layer for call in calls) if name not in taken]
+    if left:
+        layer: Layer = ours.layers[left[0]]
+        raise MappingError(
+            f"the target has no room for the source's layer {left[0]!r} ({describe_layer(layer)})"
+            f"{f', nor for {len(left) - 1} others' if len(left) > 1 else ''}; is it of the same architecture?"
+        )

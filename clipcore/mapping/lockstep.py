@@ -1,0 +1,261 @@
+"""Lock-step execution: the target runs layer by layer beside the recorded source, taking its weights as it goes.
+
+When a layer of the target is about to run, its actual input is known: the source's layer of that kind and shape that
+saw the same input is its origin. Its weights are written, the layer runs, and the outputs are compared. Where they
+differ although the inputs agree, the two layers are different functions; the source's output then flows on, so that
+one difference does not hide the next.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipcore.backend import Layer, Tensor
+from clipcore.errors import MappingError
+from clipcore.mapping.align import SAME, Agreement, Arrangement
+from clipcore.mapping.compare import Comparison, tolerance
+from clipcore.mapping.kinds import KINDS
+from clipcore.mapping.layouts import axis_sizes, canonical_shape, transformation
+from clipcore.mapping.models import Side
+from clipcore.mapping.plan import Evidence, Row
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_FILL = {"bias": 0.0, "scale": 1.0}  # what a tensor holds where the source's layer has none: no effect
+
+
+class Contradiction(Exception):
+    """The choices made so far cannot be right, or the models differ here."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
+
+
+def signature(layer: Layer) -> tuple[Any, ...]:
+    """What two layers must have in common to be matched: kind, and the canonical shapes of the tensors it must have."""
+    kind = KINDS.get(layer.kind)
+    needed = [role for role in layer.tensors if kind is None or role not in kind.optional]
+    return layer.kind, *((role, canonical_shape(layer, role)) for role in sorted(needed))
+
+
+def resemblance(source: str, target: str) -> float:
+    """How alike two names are, in [0, 1]: case and separators aside."""
+    plain = [" ".join(re.findall(r"[a-z]+|\d+", name.lower())) for name in (source, target)]
+    return SequenceMatcher(None, plain[0], plain[1]).ratio()
+
+
+def rows_between(source: Layer, target: Layer, arrangement: Arrangement, evidence: Evidence, reason: str) -> list[Row]:
+    """The rows that carry one layer's tensors into another's."""
+    layers = source.name, target.name
+    rows = []
+    for role, tensor in target.tensors.items():
+        if role in source.tensors:
+            moved = transformation(source, target, role, arrangement)
+            rows.append(Row(tensor.name, (source.tensors[role].name,), role, *layers, *moved, evidence, reason))
+        elif role in _FILL:
+            without = f"the source's layer has no {role}: {_FILL[role]:g} has no effect"
+            rows.append(Row(tensor.name, (), role, *layers, "", {}, evidence, without, _FILL[role]))
+    return rows
+
+
+def values_for(rows: Sequence[Row], tensors: Mapping[str, Tensor], sources: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays that rows write into the target's tensors, in their dtypes, rounded where those are narrower."""
+    values = {}
+    for row in rows:
+        tensor = tensors[row.target]
+        carried = row.carry(sources)
+        dtype = numpy_dtype(tensor.dtype)
+        values[row.target] = np.full(tensor.shape, row.fill, dtype) if carried is None else carried.astype(dtype)
+    return values
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name, those of ml_dtypes included."""
+    import ml_dtypes  # here, so that `import clipcore` does not pay for it
+
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+@dataclass
+class Match:
+    """One pair of layers, and what speaks for it."""
+
+    source: str
+    target: str
+    arrangement: Arrangement
+    input_error: float
+    output_error: float = 0.0
+    options: int = 1
+
+
+class Tie(NamedTuple):
+    """A layer for which several origins saw the same input: the options in the order in which they are tried."""
+
+    target: str
+    options: tuple[str, ...]
+    chosen: int
+
+
+@dataclass
+class LockStep:
+    """The watcher of one run of the target."""
+
+    comparison: Comparison
+    weights: Mapping[str, Array]
+    choices: Sequence[int] = ()
+    excused: frozenset[str] = frozenset()
+    matches: dict[str, Match] = field(default_factory=dict)
+    ties: list[Tie] = field(default_factory=list)
+    stopped: Exception | None = None
+    _taken: dict[str, str] = field(default_factory=dict)
+    _open: list[tuple[Match, int]] = field(default_factory=list)
+
+    def before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
+        try:
+            return self._before(layer, inputs)
+        except Exception as err:
+            self.stopped = err
+            raise
+
+    def after(self, layer: str, output: Any) -> Any | None:
+        try:
+            return self._after(layer, output)
+        except Exception as err:
+            self.stopped = err
+            raise
+
+    def _before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
+        known = self.matches.get(layer)
+        found = self._same_input([known.source] if known else self._candidates(layer), inputs)
+        if found:
+            match, index = self._choose(layer, found)
+        elif layer in self.excused:
+            match, index = self._by_structure(layer, inputs)
+        else:
+            raise Contradiction(layer)
+        if known:
+            match = known
+        else:
+            self._bind(layer, match)
+        self._open.append((match, index))
+        if found:
+            return None
+        return _converted(self.comparison.calls[index].inputs, inputs, match.arrangement)
+
+    def _after(self, layer: str, output: Any) -> Any | None:
+        match, index = self._open.pop()
+        replaced, error = self.comparison.layer_outputs(index, layer, output)
+        match.output_error = max(match.output_error, error)
+        if error <= tolerance(output):
+            return None
+        if match.options > 1 and layer not in self.excused:
+            raise Contradiction(layer)
+        return replaced
+
+    def _candidates(self, layer: str) -> list[str]:
+        wanted = signature(self.comparison.theirs.layers[layer])
+        called = dict.fromkeys(call.layer for call in self.comparison.calls)
+        return [
+            name
+            for name in called
+            if name not in self._taken and signature(self.comparison.ours.layers[name]) == wanted
+        ]
+
+    def _same_input(self, names: Sequence[str], inputs: list[Array]) -> dict[str, tuple[Agreement, int]]:
+        """For each candidate that saw this input, the call in which it did."""
+        best: dict[str, tuple[Agreement, int]] = {}
+        for index, call in enumerate(self.comparison.calls):
+            if call.layer not in names:
+                continue
+            agreement = self.comparison.inputs(index, inputs)
+            limit = best[call.layer][0].error if call.layer in best else tolerance(inputs)
+            if agreement.error <= limit:
+                best[call.layer] = agreement, index
+        closest = min((agreement.error for agreement, _ in best.values()), default=0.0)
+        # candidates much further off than the closest saw something else that is merely alike
+        return {name: pair for name, pair in best.items() if pair[0].error <= max(1e-5, 8 * closest)}
+
+    def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
+        options = sorted(found, key=lambda name: -resemblance(name, layer))
+        chosen = 0
+        if len(options) > 1:
+            turn = len(self.ties)
+            chosen = self.choices[turn] if turn < len(self.choices) else 0
+            self.ties.append(Tie(layer, tuple(options), chosen))
+        agreement, index = found[options[chosen]]
+        return Match(options[chosen], layer, agreement.arrangement, agreement.error, options=len(options)), index
+
+    def _by_structure(self, layer: str, inputs: list[Array]) -> tuple[Match, int]:
+        """The origin of a layer whose input no source layer saw: the only one of its kind and shape, or by order."""
+        wanted = signature(self.comparison.theirs.layers[layer])
+        known = self.matches.get(layer)
+        names = [known.source] if known else self._candidates(layer)
+        waiting = [
+            name
+            for name, other in self.comparison.theirs.layers.items()
+            if name not in self.matches and signature(other) == wanted
+        ]
+        if not names or (len(names) > 1 and len(names) != len(waiting)):
+            raise MappingError(_no_place(layer, self.comparison.theirs.layers[layer], names, self.comparison.ours))
+        index = next(i for i, call in enumerate(self.comparison.calls) if call.layer == names[0])
+        return Match(names[0], layer, self._expected_arrangement(index, inputs), math.inf), index
+
+    def _expected_arrangement(self, index: int, inputs: list[Array]) -> Arrangement:
+        """Where values cannot tell: what the two frameworks' conventions make of such an input."""
+        ours = self.comparison.calls[index].inputs
+        if not ours or not inputs or ours[0].ndim != inputs[0].ndim:
+            return SAME
+        return [SAME, *self.comparison.arrangements(ours[0], index)[1:2]][-1]
+
+    def _bind(self, layer: str, match: Match) -> None:
+        self.matches[layer] = match
+        self._taken[match.source] = layer
+        rows = rows_between(
+            self.comparison.ours.layers[match.source],
+            self.comparison.theirs.layers[layer],
+            match.arrangement,
+            "proven",
+            "",
+        )
+        self.comparison.theirs.backend.write(
+            self.comparison.theirs.model, values_for(rows, self.comparison.theirs.tensors, self.weights)
+        )
+
+
+def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arrangement) -> list[Array] | None:
+    """The source's inputs in place of the target's, where they have its shapes."""
+    if len(ours) != len(theirs) or any(a.ndim != b.ndim or a.size != b.size for a, b in zip(ours, theirs, strict=True)):
+        return None
+    values = [arrangement.apply(a).astype(b.dtype) for a, b in zip(ours, theirs, strict=True)]
+    return values if all(a.shape == b.shape for a, b in zip(values, theirs, strict=True)) else None
+
+
+def describe_layer(layer: Layer) -> str:
+    """A layer for a message: its kind, and the canonical shapes of its tensors."""
+    shapes = ", ".join(f"{role} {canonical_shape(layer, role)}" for role in layer.tensors)
+    sizes = axis_sizes(layer)
+    return f"{layer.kind}{f' {sizes}' if sizes else ''}: {shapes}"
+
+
+def _no_place(name: str, layer: Layer, candidates: Sequence[str], source: Side) -> str:
+    what = f"the target's layer {name!r} ({describe_layer(layer)})"
+    if candidates:
+        return (
+            f"{what} has several possible origins in the source and nothing to tell them apart: "
+            f"{', '.join(map(repr, candidates))}; give its layer the name of its origin, or another sample"
+        )
+    alike = [
+        f"{other.name!r} ({describe_layer(other)})" for other in source.layers.values() if other.kind == layer.kind
+    ]
+    return (
+        f"{what} has no counterpart in the source: of that kind and shape none is left there "
+        f"(of that kind: {', '.join(alike[:5]) or 'none'})"
+    )

@@ -1,0 +1,184 @@
+"""What finding and verifying a plan do to models for a moment: run, record, randomise, and put back bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clipcore.backend import Layer, TracingBackend
+from clipcore.errors import ClipcoreError, InvalidInput
+from clipcore.plugins import backend_of
+from clipcore.structure import leaves, map_leaves
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass
+class Call:
+    """One call of one layer: what flowed in and out."""
+
+    layer: str
+    inputs: list[Array]
+    output: Any = None
+
+
+@dataclass
+class Recorder:
+    """A watcher that keeps every call, in order of execution."""
+
+    calls: list[Call] = field(default_factory=list)
+    _open: list[Call] = field(default_factory=list)
+
+    def before(self, layer: str, inputs: list[Array]) -> None:
+        call = Call(layer, [np.array(value) for value in inputs])
+        self.calls.append(call)
+        self._open.append(call)
+
+    def after(self, layer: str, output: Any) -> None:
+        self._open.pop().output = map_leaves(np.array, output)
+
+
+class Side:
+    """One of the two models, with its backend, its layers by name, and its tensors' layers."""
+
+    def __init__(self, model: Any, which: str) -> None:
+        self.model, self.which = model, which
+        self.backend: TracingBackend = _tracing_backend(model, which)
+        self.layers: dict[str, Layer] = {layer.name: layer for layer in self.backend.layers(model)}
+        if not self.layers:
+            raise InvalidInput(f"the {which} ({type(model).__name__}) has no layer that owns tensors: nothing to map")
+
+        self.tensors = {t.name: t for layer in self.layers.values() for t in layer.tensors.values()}
+
+    def run(self, sample: Any, watcher: Any = None) -> Any:
+        """The outputs on `sample`; a failure names the sample's shape."""
+        try:
+            return self.backend.run(self.model, sample, watcher)
+        except ClipcoreError:
+            raise
+        except Exception as err:
+            raise InvalidInput(
+                f"the {self.which} ({type(self.model).__name__}) does not run on a sample of shape "
+                f"{describe(sample)}: {type(err).__name__}: {str(err).strip().splitlines()[0] if str(err) else ''}; "
+                f"give a sample as this model takes it"
+            ) from err
+
+    @contextmanager
+    def restored(self, names: Iterable[str] | None = None) -> Iterator[None]:
+        """On leaving, also after an exception, the named tensors (all, by default) are bitwise what they were."""
+        before = self.copies(self.tensors if names is None else names)
+        try:
+            yield
+        finally:
+            self.backend.write(self.model, before)
+
+    def copies(self, names: Iterable[str]) -> dict[str, Array]:
+        """Copies of the named tensors."""
+        return {name: np.array(array) for name, array in self.backend.read(self.model, list(names)).items()}
+
+    def hiding(self) -> dict[str, Array]:
+        """Random values for tensors that would hide an error: all elements equal, as fresh biases and scales are."""
+        rng = np.random.default_rng(0)
+        arrays = self.backend.read(self.model, list(self.tensors))
+        return {
+            name: _random(rng, self.tensors[name].role, array)
+            for name, array in arrays.items()
+            if array.size and self.tensors[name].dtype in _RANDOMISED and (array == array.ravel()[0]).all()
+        }
+
+
+_RANDOMISED = ("float16", "bfloat16", "float32", "float64")
+
+
+def _random(rng: np.random.Generator, role: str, array: Array) -> Array:
+    # scales and variances stay near 1, so that no layer's result is drowned by another's
+    near_one = role in ("scale", "running_var")
+    values = rng.uniform(0.5, 1.5, array.shape) if near_one else rng.normal(0.0, 0.3, array.shape)
+    return np.asarray(values, array.dtype)
+
+
+def _tracing_backend(model: Any, which: str) -> TracingBackend:
+    backend: Any = backend_of(model)
+    if not hasattr(backend, "run") or not backend.is_model(model):
+        raise InvalidInput(
+            f"the {which} is an object of type {type(model).__name__}; expected a model of a backend that has models"
+        )
+    tracing: TracingBackend = backend
+    return tracing
+
+
+def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
+    """The calls of a model's layers on a sample, and its outputs."""
+    recorder = Recorder()
+    outputs = side.run(sample, recorder)
+    return recorder.calls, outputs
+
+
+def describe(sample: Any) -> str:
+    """The shapes of a sample, for a message."""
+    shapes = [str(tuple(np.shape(leaf))) for _, leaf in leaves(sample)]
+    return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
+
+
+def as_arrays(sample: Any) -> Any:
+    """The sample with every tensor as a NumPy array.
+
+    Raises:
+        InvalidInput: it holds no numbers, or a NaN or inf.
+    """
+    if isinstance(sample, list):
+        sample = np.asarray(sample)
+    arrays = map_leaves(_to_array, sample)
+    for path, array in leaves(arrays):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InvalidInput(f"sample{path} holds NaN or inf: no comparison would mean anything; give finite numbers")
+    return arrays
+
+
+def _to_array(leaf: Any) -> Array:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if isinstance(leaf, int | float | bool):
+        return np.asarray(leaf)
+    try:
+        arrays = backend_of(leaf).to_host([leaf])
+    except ClipcoreError as err:
+        raise InvalidInput(f"the sample is of type {type(leaf).__name__}; expected arrays or tensors: {err}") from err
+    if arrays is None:
+        raise InvalidInput("the sample is a tensor on a device or under differentiation; give it as a CPU array")
+    return arrays[0]
+
+
+def target_samples(sample: Any, source: Side, target: Side) -> list[Any]:
+    """The forms in which the target may want the sample, the likeliest first."""
+    ours, theirs = source.backend.channels, target.backend.channels
+    if ours == theirs:
+        return [sample]
+    moved = map_leaves(lambda array: _move_channels(array, to_last=theirs == "last"), sample)
+    forms = [moved, sample] if _has_spatial_data(source) else [sample, moved]
+    declared = target.backend.input_shapes(target.model)
+    return [form for form in forms if _fits(form, declared)] or forms
+
+
+def _move_channels(array: Array, to_last: bool) -> Array:
+    if array.ndim < 3 or array.dtype.kind in "biu":
+        return array
+    return np.moveaxis(array, 1, -1) if to_last else np.moveaxis(array, -1, 1)
+
+
+def _has_spatial_data(side: Side) -> bool:
+    return any(layer.kind == "conv" for layer in side.layers.values())
+
+
+def _fits(sample: Any, declared: Sequence[tuple[int | None, ...]] | None) -> bool:
+    shapes = [np.shape(leaf) for _, leaf in leaves(sample)]
+    if declared is None or len(declared) != len(shapes):
+        return True
+    return all(
+        len(shape) == len(free) and all(want in (None, have) for want, have in zip(free, shape, strict=True))
+        for shape, free in zip(shapes, declared, strict=True)
+    )

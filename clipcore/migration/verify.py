@@ -1,0 +1,300 @@
+"""Verifying: both models run, output by output and layer by layer, against what rounding alone would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from clipcore.errors import ClipcoreError, InvalidInput, MappingError
+from clipcore.mapping.align import relative_error
+from clipcore.mapping.compare import Comparison
+from clipcore.mapping.find import plan as find_plan
+from clipcore.mapping.lockstep import values_for
+from clipcore.mapping.models import Call, Side, as_arrays, describe, record, target_samples
+from clipcore.mapping.plan import Difference, Plan
+from clipcore.migration.apply import check_fits, target_values
+from clipcore.structure import leaves, map_leaves, plain
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_TOLERANCE = 1e-5
+_NOISE_FLOORS = 10
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """Two matched layers, and the relative error of the target's output against the source's."""
+
+    source: str
+    target: str
+    rel_error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first layer, in the target's order of execution, whose output is not the source's, and why."""
+
+    layer: str
+    source_layer: str
+    rel_error: float
+    reason: str
+
+    @property
+    def target_layer(self) -> str:
+        """The same as `layer`: the layer as the target names it."""
+        return self.layer
+
+    def __str__(self) -> str:
+        return f"{self.layer} (from {self.source_layer}): {self.reason} (relative error {self.rel_error:.1e})"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether two models compute the same.
+
+    Attributes:
+        ok: max_rel_error is at most max(1e-5, 10 noise floors).
+        max_rel_error: the largest over all outputs, sample sizes and, with a plan, randomised biases and statistics:
+            max|source - target| / max|source| per tensor.
+        noise_floor: what rounding alone does to the source's outputs, as a relative error.
+        first_divergence: where the two part, and why; None where ok.
+        differences: settings in which matched layers differ.
+        layers: the matched layers' agreement, in the target's order of execution.
+        shapes: shapes of the samples that were tried.
+        reason: one sentence where not ok.
+    """
+
+    ok: bool
+    max_rel_error: float
+    noise_floor: float
+    first_divergence: Divergence | None
+    differences: tuple[Difference, ...]
+    layers: tuple[LayerAgreement, ...]
+    shapes: tuple[str, ...]
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain values, for JSON: NaN and infinities are None."""
+        result: dict[str, Any] = plain(asdict(self))
+        return result
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else f"not ok: {self.reason}"
+        return (
+            f"{verdict}; relative error {self.max_rel_error:.1e}, noise floor {self.noise_floor:.1e}, "
+            f"samples of shape {', '.join(self.shapes)}"
+        )
+
+
+def verify(
+    source: Any, target: Any, sample: Any, plan: Plan | None = None, *, target_sample: Any = None
+) -> Verification:
+    """Whether the target computes what the source computes, and where not. Both models stay bitwise what they are.
+
+    Args:
+        source, target: models of any installed backends.
+        sample, target_sample: as for `plan`. Spatial sizes one smaller are tried too, where both models take them.
+        plan: the plan by which the target got its weights; left out, one is sought. A plan from a limited migration
+            (`result.plan`) compares against the source as limited.
+    Returns:
+        A Verification.
+    Raises:
+        InvalidInput: no model, or a sample that a model does not take.
+        MappingError: the plan is for other models.
+    """
+    ours, theirs = Side(source, "source"), Side(target, "target")
+    sample = as_arrays(sample)
+    given = None if target_sample is None else as_arrays(target_sample)
+    plan, why_none = (plan, "") if plan else _sought(source, target, sample, given)
+    if plan:
+        check_fits(plan, ours, theirs)
+    with _written(ours, plan.limited if plan else {}):
+        runs = list(_runs(ours, theirs, sample, given))
+        floor = max(_noise_floor(ours, run.sample, run.outputs[0]) for run in runs)
+        errors = [run.error for run in runs]
+        layers, divergence = _compare_layers(ours, theirs, plan, runs[0])
+        if plan:
+            errors.append(_hidden_error(ours, theirs, plan, runs[0]))
+    worst = max(errors)
+    ok = worst <= max(_TOLERANCE, _NOISE_FLOORS * floor)
+    reason = "" if ok else _reason(divergence, runs[0], errors, why_none)
+    return Verification(
+        ok,
+        worst,
+        floor,
+        None if ok else divergence,
+        plan.differences if plan else (),
+        tuple(layers),
+        tuple(describe(run.sample) for run in runs),
+        reason,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Both models on one sample."""
+
+    sample: Any
+    target_sample: Any
+    calls: tuple[Sequence[Call], Sequence[Call]]
+    outputs: tuple[Any, Any]
+    error: float
+
+
+def _sought(source: Any, target: Any, sample: Any, target_sample: Any) -> tuple[Plan | None, str]:
+    try:
+        return find_plan(source, target, sample, target_sample=target_sample), ""
+    except MappingError as err:
+        return None, str(err)
+
+
+@contextmanager
+def _written(side: Side, values: Mapping[str, Array]) -> Iterator[None]:
+    """The named tensors hold other values for a moment."""
+    with side.restored(list(values)):
+        if values:
+            side.backend.write(side.model, values)
+        yield
+
+
+def _runs(ours: Side, theirs: Side, sample: Any, target_sample: Any) -> Iterator[_Run]:
+    yield _run(ours, theirs, sample, target_sample)
+    smaller = map_leaves(_one_smaller, sample)
+    if target_sample is None and describe(smaller) != describe(sample):
+        # models with a Flatten take one size alone
+        try:
+            run = _run(ours, theirs, smaller, None)
+        except InvalidInput:
+            return
+        yield run
+
+
+def _one_smaller(array: Array) -> Array:
+    """The array with every spatial axis one shorter: stride and padding go wrong at even or at odd sizes."""
+    if array.ndim < 3 or array.dtype.kind in "biu":
+        return array
+    # which axes are spatial depends on the framework: the channel axis is the shortest of the inner and outer ones
+    channels = 1 if array.shape[1] <= array.shape[-1] else array.ndim - 1
+    spatial = [axis not in (0, channels) and size > 1 for axis, size in enumerate(array.shape)]
+    return array[tuple(slice(None, -1) if cut else slice(None) for cut in spatial)]
+
+
+def _run(ours: Side, theirs: Side, sample: Any, target_sample: Any) -> _Run:
+    calls, outputs = record(ours, sample)
+    forms = [target_sample] if target_sample is not None else target_samples(sample, ours, theirs)
+    failure: InvalidInput | None = None
+    for form in forms:
+        try:
+            other_calls, other = record(theirs, form)
+        except InvalidInput as err:
+            failure = failure or err
+            continue
+        error = Comparison(ours, theirs, calls).model_outputs(outputs, other)
+        return _Run(sample, form, (calls, other_calls), (outputs, other), error)
+    assert failure is not None
+    raise failure
+
+
+def _noise_floor(ours: Side, sample: Any, outputs: Any) -> float:
+    """How far the source's own outputs are from exact: against float64, or under a change of the input's last bits."""
+    exact = ours.backend.double(ours.model)
+    if exact is not None:
+        try:
+            return _own_error(outputs, ours.backend.run(exact, map_leaves(_widened, sample)))
+        except Exception:
+            pass
+    return _own_error(outputs, ours.run(map_leaves(_perturbed, sample)))
+
+
+def _own_error(outputs: Any, others: Any) -> float:
+    pairs = zip((v for _, v in leaves(others)), (v for _, v in leaves(outputs)), strict=True)
+    errors = [relative_error(np.asarray(exact), np.asarray(value)) for exact, value in pairs]
+    return max((error for error in errors if math.isfinite(error)), default=0.0)
+
+
+def _widened(array: Array) -> Array:
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def _perturbed(array: Array) -> Array:
+    if array.dtype.kind != "f":
+        return array
+    signs = np.random.default_rng(0).choice([-1, 1], array.shape)
+    return array + signs.astype(array.dtype) * np.spacing(np.abs(array))
+
+
+def _hidden_error(ours: Side, theirs: Side, plan: Plan, run: _Run) -> float:
+    """The error with random values where both models hold constants that would hide a wrong place."""
+    hiding = {name: value for name, value in ours.hiding().items() if any(name in row.sources for row in plan.rows)}
+    if not hiding:
+        return 0.0
+    rows = [row for row in plan.rows if set(row.sources) & set(hiding)]
+    with ExitStack() as stack:
+        stack.enter_context(_written(ours, hiding))
+        stack.enter_context(_written(theirs, values_for(rows, theirs.tensors, hiding)))
+        outputs = ours.run(run.sample), theirs.run(run.target_sample)
+    return Comparison(ours, theirs, run.calls[0]).model_outputs(*outputs)
+
+
+def _compare_layers(
+    ours: Side, theirs: Side, plan: Plan | None, run: _Run
+) -> tuple[list[LayerAgreement], Divergence | None]:
+    """The agreement of matched layers, and the first of them that parts although its input agrees."""
+    if plan is None:
+        return [], None
+    comparison = Comparison(ours, theirs, run.calls[0])
+    origin = {target: source for source, target in plan.layer_pairs}
+    seen: dict[str, int] = {}
+    layers, divergence = [], None
+    for call in run.calls[1]:
+        turn = seen[call.layer] = seen.get(call.layer, -1) + 1
+        matching = [(i, other) for i, other in enumerate(run.calls[0]) if other.layer == origin.get(call.layer)]
+        if turn >= len(matching):
+            continue
+        index, other = matching[turn]
+        error = comparison.layer_outputs(index, call.layer, call.output)[1]
+        layers.append(LayerAgreement(other.layer, call.layer, error))
+        if divergence is None and error > _TOLERANCE:
+            came_in = comparison.inputs(index, call.inputs).error
+            divergence = Divergence(call.layer, other.layer, error, _why(ours, theirs, plan, call.layer, came_in))
+    return layers, divergence
+
+
+def _why(ours: Side, theirs: Side, plan: Plan, layer: str, came_in: float) -> str:
+    if came_in > _TOLERANCE * 10:
+        return (
+            f"its input differs already (relative error {came_in:.1e}): an operation without weights before it "
+            f"(pooling, activation, padding, reshaping) is not the same"
+        )
+    rows = [row for row in plan.rows if row.target_layer == layer]
+    weights = ours.backend.read(ours.model, [name for row in rows for name in row.sources])
+    for row in rows:
+        try:
+            expected = target_values(Plan(plan.source, plan.target, (row,)), theirs, weights)[row.target]
+        except ClipcoreError as err:
+            return str(err)
+        if not np.array_equal(expected, theirs.backend.read(theirs.model, [row.target])[row.target]):
+            return (
+                f"{row.role}: the target's {row.target!r} is not what the plan carries from "
+                f"{', '.join(row.sources) or 'no source'}; migrate first; after a limited migration pass result.plan"
+            )
+    found = [difference for difference in plan.differences if difference.layer == layer]
+    if found:
+        return "; ".join(f"{d.setting}: the target has {d.target}, the source {d.source}" for d in found)
+    return "inputs and weights agree and the known settings too; the layer computes something else"
+
+
+def _reason(divergence: Divergence | None, run: _Run, errors: Sequence[float], why_none: str) -> str:
+    if divergence is not None:
+        return str(divergence)
+    counts = [len(list(leaves(outputs))) for outputs in run.outputs]
+    if counts[0] != counts[1]:
+        return f"the source gives {counts[0]} outputs, the target {counts[1]}"
+    if why_none:
+        return f"outputs differ, and no mapping of the layers was found: {why_none}"
+    return "all matched layers agree; what follows the last of them (an activation, pooling, a scale) differs"

@@ -225,7 +225,8 @@ def _perturbed(array: Array) -> Array:
     if array.dtype.kind != "f":
         return array
     signs = np.random.default_rng(0).choice([-1, 1], array.shape)
-    return array + signs.astype(array.dtype) * np.spacing(np.abs(array))
+    perturbed: Array = array + signs.astype(array.dtype) * np.spacing(np.abs(array))
+    return perturbed
 
 
 def _hidden_error(ours: Side, theirs: Side, plan: Plan, run: _Run) -> float:

@@ -1,0 +1,52 @@
+"""Values that flow in two models are compared up to the arrangement of their axes."""
+
+import numpy as np
+import pytest
+from clipcore.mapping.align import SAME, agree, arrangements, relative_error
+
+RNG = np.random.default_rng(0)
+FIRST_TO_LAST = ("first", "last")
+
+
+def test_relative_error_is_the_largest_difference_over_the_largest_magnitude():
+    assert relative_error(np.array([4.0, -8.0]), np.array([4.0, -7.0])) == 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (np.array([1.0, np.nan]), np.array([1.0, 2.0])),
+        (np.array([1.0, 2.0]), np.array([1.0, np.inf])),
+        (np.array([1, 2]), np.array([1, 3])),
+        (np.zeros(2), np.ones(2)),
+        (np.ones(2), np.ones(3)),
+    ],
+)
+def test_what_cannot_be_close_is_infinitely_far(source, target):
+    assert relative_error(source, target) == np.inf
+
+
+def test_the_same_faults_in_the_same_places_agree():
+    assert relative_error(np.array([1.0, np.nan, np.inf]), np.array([1.0, np.nan, np.inf])) == 0
+
+
+def test_a_moved_channel_axis_is_found_by_value():
+    source = RNG.standard_normal((2, 3, 4, 5))
+    found = agree(source, source.transpose(0, 2, 3, 1), arrangements(4, 5, FIRST_TO_LAST, ()))
+    assert found.error == 0
+    assert found.arrangement.target == "batch ... channel"
+
+
+def test_the_order_of_a_flattened_feature_map_is_found_by_value_and_not_taken_for_a_plain_one():
+    feature_map = RNG.standard_normal((2, 3, 4, 5))
+    source = feature_map.reshape(2, -1)
+    target = feature_map.transpose(0, 2, 3, 1).reshape(2, -1)
+    found = agree(source, target, arrangements(2, 60, FIRST_TO_LAST, (3,)))
+    assert found.error == 0
+    assert found.arrangement != SAME
+    assert agree(source, source, arrangements(2, 60, FIRST_TO_LAST, (3,))).arrangement == SAME
+    assert agree(source, target, arrangements(2, 60, FIRST_TO_LAST, (4,))).error > 0.1
+
+
+def test_two_frameworks_of_one_convention_rearrange_nothing():
+    assert arrangements(4, 60, ("first", "first"), (3, 4)) == [SAME]

@@ -1,0 +1,68 @@
+"""A plan is plain JSON, the same bytes for the same plan, and needs no framework to be read."""
+
+import json
+
+import numpy as np
+import pytest
+
+import clipcore as cc
+
+ROW = cc.Row(
+    target="fc/kernel",
+    sources=("fc.weight",),
+    role="kernel",
+    source_layer="fc",
+    target_layer="fc",
+    pattern="out (channel spatial) -> (spatial channel) out",
+    sizes={"channel": 3},
+    evidence="proven",
+    reason="same input and same output",
+)
+PLAN = cc.Plan("torch", "tensorflow", (ROW,), ("head.weight",), (cc.Difference("bn", "eps", 1e-5, 1e-3, "mend it"),))
+
+
+def test_a_saved_plan_is_read_back_equal_and_saved_again_to_the_same_bytes(tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    PLAN.save(first)
+    loaded = cc.Plan.load(first)
+    assert loaded == PLAN
+    loaded.save(second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_row_carries_a_flattened_kernel_by_hand():
+    kernel = np.arange(12.0).reshape(2, 6)  # out = 2, in = (channel 3, spatial 2)
+    carried = ROW.carry({"fc.weight": kernel})
+    expected = [[0, 6], [2, 8], [4, 10], [1, 7], [3, 9], [5, 11]]
+    np.testing.assert_array_equal(carried, expected)
+    np.testing.assert_array_equal(ROW.carry_back(carried), kernel)
+
+
+def test_a_tensor_of_another_shape_is_refused_with_its_shape_and_the_pattern():
+    with pytest.raises(cc.MappingError, match=r"\(2, 5\).*\(channel spatial\)"):
+        ROW.carry({"fc.weight": np.zeros((2, 5))})
+    with pytest.raises(cc.MappingError, match="fc.weight"):
+        ROW.carry({})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "rows": [{}]}'])
+def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(cc.MappingError, match="plan.json"):
+        cc.Plan.load(path)
+
+
+def test_an_unknown_entry_of_a_row_is_refused(tmp_path):
+    document = PLAN.to_dict()
+    document["rows"][0]["extra"] = 1
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(cc.MappingError, match="extra"):
+        cc.Plan.load(path)
+
+
+def test_the_printed_plan_names_every_tensor_its_origin_and_its_evidence():
+    text = str(PLAN)
+    for part in ("fc/kernel", "fc.weight", "proven", "head.weight", "eps"):
+        assert part in text

@@ -1,0 +1,136 @@
+"""Torch tensors as NumPy arrays over the same memory, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipcore.errors import InvalidInput
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# dtypes that torch has and NumPy gets from ml_dtypes, and the integers of the same size through which they pass
+_EXTENDED: dict[str, torch.dtype] = {
+    "bfloat16": torch.int16,
+    "float8_e4m3fn": torch.uint8,
+    "float8_e5m2": torch.uint8,
+    "float8_e4m3fnuz": torch.uint8,
+    "float8_e5m2fnuz": torch.uint8,
+}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """NumPy's name of a tensor's dtype, which is torch's own but for "bool"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def to_host(tensors: Sequence[Tensor], *, writable: bool = False) -> list[Array] | None:
+    """The memory of eager CPU tensors as arrays; see `clipcore.Backend.to_host`.
+
+    Raises:
+        InvalidInput: with `writable`, a tensor whose elements share memory.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    arrays = []
+    for index, tensor in enumerate(tensors):
+        if not _is_on_host(tensor):
+            return None
+        if writable:
+            if tensor.is_conj() or tensor.is_neg() or (tensor.is_sparse and not tensor.is_coalesced()):
+                return None  # what can be seen of these is a copy
+            _refuse_shared_elements(tensor, index)
+        elif tensor.requires_grad and torch.is_grad_enabled():
+            return None
+        try:
+            arrays.append(memory(tensor))
+        except RuntimeError:  # a tensor wrapped by vmap or torch.func.grad has no memory of its own
+            return None
+    if writable:
+        _announce_writes(tensors)
+    return arrays
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    # a subclass (FakeTensor, DTensor, a quantised tensor) may have no memory, or give it another meaning
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout in (torch.strided, torch.sparse_coo)
+    )
+
+
+def _refuse_shared_elements(tensor: Tensor, index: int) -> None:
+    if tensor.layout is not torch.strided:
+        return
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise InvalidInput(
+            f"tensor {index} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: its elements share memory, "
+            f"so that it cannot be written in place; use cc.clip, or pass tensor.clone()"
+        )
+
+
+def _announce_writes(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the tensors change, as in-place operations do: it then refuses what it saved of them."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(values_of(tensor).detach())
+
+
+def memory(tensor: Tensor) -> Array:
+    """A CPU tensor's elements as an array, without a copy unless conjugation or coalescing needs one."""
+    return _as_array(values_of(tensor.detach()).resolve_conj().resolve_neg())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """The tensor itself, or of a sparse one its values after duplicates were summed."""
+    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+
+
+def with_values(like: Tensor | None, values: Tensor) -> Tensor:
+    """A tensor with other values: for a sparse `like` at its coalesced indices, else `values` itself."""
+    if like is None or like.layout is not torch.sparse_coo:
+        return values
+    indices = like.coalesce().indices()
+    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True)
+
+
+def map_values(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`function` of the tensor, or of the values of a sparse one."""
+    return with_values(tensor, function(values_of(tensor)))
+
+
+def from_host(array: Array, like: Tensor | None) -> Tensor:
+    """A tensor that owns the array's memory, or a copy of it on the device of `like`."""
+    return with_values(like, as_tensor(array).to(like.device if like is not None else "cpu"))
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A tensor of any device and layout as a dense array, possibly a view of its memory."""
+    tensor = tensor.detach()
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return _as_array(dense.cpu().resolve_conj().resolve_neg())
+
+
+def _as_array(tensor: Tensor) -> Array:
+    bits = _EXTENDED.get(dtype_name(tensor))
+    if bits is None:
+        return tensor.numpy()
+    return tensor.view(bits).numpy().view(getattr(ml_dtypes, dtype_name(tensor)))
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A CPU tensor over an array's memory; a copy where torch cannot hold it (read-only, negative strides)."""
+    array = np.asarray(array)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    bits = _EXTENDED.get(array.dtype.name)
+    if bits is None:
+        return torch.from_numpy(array)
+    integers = array.view(str(bits).removeprefix("torch."))
+    return torch.from_numpy(integers).view(getattr(torch, array.dtype.name))

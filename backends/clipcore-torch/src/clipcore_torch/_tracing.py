@@ -1,0 +1,216 @@
+"""Running a model and watching its layers; afterwards the model is what it was, also after an exception."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipcore.backend import Watcher
+from clipcore.errors import ClipcoreError, InvalidInput
+from clipcore.structure import leaves, map_leaves, rebuild
+from clipcore_torch._layers import first_floating, owners
+from clipcore_torch._tensors import as_tensor, to_array
+
+
+def run(model: nn.Module, sample: Any, watcher: Watcher | None = None) -> Any:
+    """The outputs on `sample` as nested arrays; see `clipcore.backend.TracingBackend.run`.
+
+    Raises:
+        InvalidInput: the model does not run on the sample.
+    """
+    args, kwargs = _arguments(sample, first_floating(model))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_eager())
+        stack.enter_context(_random_state(model))
+        stack.enter_context(_inference_mode(model))
+        buffers = stack.enter_context(_buffers(model))
+        watched = _Watched(watcher, buffers) if watcher is not None else None
+        if watched is not None:
+            stack.enter_context(watched.hooks(model))
+        try:
+            return to_arrays(model(*args, **kwargs))
+        except Exception as err:
+            if isinstance(err, ClipcoreError) or (watched is not None and err is watched.error):
+                raise
+            shapes = [tuple(leaf.shape) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            raise InvalidInput(
+                f"{type(model).__name__} does not run on a sample of shapes {shapes}: {type(err).__name__}: {err}"
+            ) from err
+
+
+def double(model: nn.Module) -> nn.Module | None:
+    """A float64 copy of the model; None where it cannot be copied."""
+    try:
+        return copy.deepcopy(model).double()
+    except Exception:  # a model may hold anything: locks, files, non-leaf tensors
+        return None
+
+
+def to_arrays(tree: Any) -> Any:
+    """Nested outputs with every tensor as an array of its own; mappings and dataclasses become dicts."""
+    if isinstance(tree, Tensor):
+        return to_array(tree).copy()
+    if isinstance(tree, Mapping):
+        return {key: to_arrays(value) for key, value in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {field.name: to_arrays(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
+    if isinstance(tree, list | tuple):
+        items = [to_arrays(value) for value in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
+
+
+def _arguments(sample: Any, like: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for the model: tensors of its own, on its device, in its floating dtype."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray | np.generic):
+            leaf = as_tensor(np.array(leaf))
+        elif isinstance(leaf, Tensor):
+            leaf = leaf.detach().clone()
+        else:
+            return leaf
+        if like is None:
+            return leaf
+        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    converted = map_leaves(convert, sample)
+    if isinstance(sample, dict):
+        return (), converted
+    return (converted if isinstance(sample, tuple) else (converted,)), {}
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled modules run as written, so that hooks on the layers inside them are seen."""
+    if hasattr(torch.compiler, "set_stance"):  # torch 2.6
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()
+
+
+def _random_state(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return torch.random.fork_rng([device.index for device in devices if device.type == "cuda"])
+
+
+@contextlib.contextmanager
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, and back in its own.
+
+    The flags are set one by one: `model.eval()` calls `train`, which modules override to merge weights or stay frozen.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class _Buffers:
+    """A model's buffers as they shall be after the run: as before it, but for what a watcher writes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+        self._copies = [buffer.detach().clone() for _, _, buffer in self._places]
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        return [0 if buffer.is_inference() else buffer._version for _, _, buffer in self._places]
+
+    @contextlib.contextmanager
+    def writes_stay(self) -> Iterator[None]:
+        before = self._current()
+        yield
+        for index, (old, new) in enumerate(zip(before, self._current(), strict=True)):
+            if old != new:
+                self._copies[index].copy_(self._places[index][2])
+                self._versions[index] += new - old
+
+    def restore(self) -> None:
+        for (module, name, buffer), copied, old, new in zip(
+            self._places, self._copies, self._versions, self._current(), strict=True
+        ):
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if old != new or buffer.is_inference():
+                buffer.copy_(copied)
+
+
+@contextlib.contextmanager
+def _buffers(model: nn.Module) -> Iterator[_Buffers]:
+    buffers = _Buffers(model)
+    try:
+        yield buffers
+    finally:
+        buffers.restore()
+
+
+class _Watched:
+    """A watcher behind the hooks of modules: tensors become arrays for it, and its arrays tensors."""
+
+    def __init__(self, watcher: Watcher, buffers: _Buffers) -> None:
+        self._watcher = watcher
+        self._buffers = buffers
+        self.error: Exception | None = None
+
+    @contextlib.contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on every module that `layers` lists."""
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            for name, module in owners(model):
+                handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _ask(self, question: Callable[..., Any], *facts: Any) -> Any:
+        try:
+            with self._buffers.writes_stay():
+                return question(*facts)
+        except Exception as err:
+            self.error = err
+            raise
+
+    def _before(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            inputs = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            answer = self._ask(self._watcher.before, name, to_arrays(inputs))
+            if answer is None:
+                return None
+            new = (_tensor_like(array, old) for array, old in zip(answer, inputs, strict=True))
+            return map_leaves(lambda leaf: next(new) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            answer = self._ask(self._watcher.after, name, to_arrays(output))
+            if answer is None:
+                return None
+            new = zip(leaves(answer), leaves(output), strict=True)
+            return rebuild(output, (_tensor_like(array, old) for (_, array), (_, old) in new))
+
+        return hook
+
+
+def _tensor_like(array: Any, old: Any) -> Any:
+    """An array as a tensor of the dtype and on the device of the one whose place it takes."""
+    return as_tensor(np.array(array)).to(old.device, old.dtype) if isinstance(old, Tensor) else array

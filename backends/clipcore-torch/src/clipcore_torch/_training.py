@@ -1,0 +1,205 @@
+"""Policies attached to torch optimizers, through the hooks around their steps."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from clipcore.clipping.api import clip, clip_
+from clipcore.clipping.policies import Policy
+from clipcore.clipping.report import ClipReport
+from clipcore.errors import InvalidInput
+from clipcore.training import Attachment
+
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def attach(optimizer: Any, policy: Policy) -> Attachment:
+    """Clip the gradients of every step of `optimizer`; see `clipcore.attach`.
+
+    Raises:
+        InvalidInput: it is no torch optimizer, or has a policy already.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidInput(
+            f"optimizer is {optimizer!r:.60} of type {type(optimizer).__name__}; expected a torch.optim.Optimizer, "
+            f"say torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if optimizer in _attached:
+        raise InvalidInput(
+            f"this {type(optimizer).__name__} has a policy already; remove that first: attachment.remove()"
+        )
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    owner = weakref.ref(optimizer)
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+        if (attached := owner()) is not None:
+            _attached.discard(attached)
+
+    attachment = Attachment(policy, detach)
+    step = _Step(policy, attachment.reports.append)
+    handles.append(optimizer.register_step_pre_hook(step.before))
+    handles.append(optimizer.register_step_post_hook(step.after))
+    _attached.add(optimizer)
+    return attachment
+
+
+def compile(model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> tuple[Any, Any, Any]:
+    """What to train with: the three as they are, the policy attached to the optimizer where there is one.
+
+    Raises:
+        InvalidInput: the optimizer is no torch optimizer (torch makes none from a name).
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidInput(
+            f"optimizer is {optimizer!r:.60}; torch needs an optimizer that holds the model's parameters, "
+            f"say torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if policy is not None:
+        attach(optimizer, policy)
+    return model, loss_fn, optimizer
+
+
+class _Step:
+    """What happens before and after one step of an optimizer."""
+
+    def __init__(self, policy: Policy, keep: Callable[[ClipReport], None]) -> None:
+        self._policy = policy
+        self._keep = keep
+        self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._start: _State | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Clip what the step is about to use, or make its closure clip what it computes."""
+        if _is_inside_step(optimizer, sys._getframe(1)):
+            return None
+        self._withheld, self._start = [], None
+        # of the positional arguments the first is the optimizer itself
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._clip(optimizer)
+            return None
+        if self._policy.nonfinite == "skip" and isinstance(optimizer, LBFGS):
+            self._start = _State(optimizer)  # it moves the parameters between its evaluations
+
+        def clipped_closure() -> Any:
+            loss = closure()
+            self._clip(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": clipped_closure}
+        return (args[0], clipped_closure, *args[2:]), kwargs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Give back the gradients that a skipped step was not to see."""
+        if _is_inside_step(optimizer, sys._getframe(1)):
+            return
+        if self._withheld and self._start is not None:
+            self._start.restore(optimizer)
+        for param, grad in self._withheld:
+            if param.grad is None:
+                param.grad = grad
+        self._withheld, self._start = [], None
+
+    def _clip(self, optimizer: Optimizer) -> None:
+        params = _with_gradients(optimizer)
+        if not params or _is_skipped_by_scaler(optimizer, self._policy):
+            return
+        report = _clip_scaled(optimizer, params, self._policy)
+        self._keep(report)
+        # reading the count waits for a device, but skipping is a decision that Python has to make
+        if self._policy.nonfinite == "skip" and int(report.nonfinite):
+            for param in params:
+                assert param.grad is not None
+                self._withheld.append((param, param.grad))
+                param.grad = None
+
+
+class _State:
+    """Parameters and state of an optimizer before a step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._params = [(param, param.detach().clone()) for param in _params(optimizer)]
+        self._state = {param: copy.deepcopy(state) for param, state in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self, optimizer: Optimizer) -> None:
+        for param, value in self._params:
+            param.copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update(self._state)
+
+
+def _is_inside_step(optimizer: Optimizer, hook_caller: Any) -> bool:
+    """Whether the step around a hook runs inside another step of the same optimizer (`super().step()`).
+
+    Asked of the stack, since a flag would outlive a step that raised.
+    """
+    frame = hook_caller.f_back
+    while frame is not None:
+        if frame.f_code is hook_caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
+
+
+def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [param for param in _params(optimizer) if param.grad is not None]
+
+
+def _is_skipped_by_scaler(optimizer: Optimizer, policy: Policy) -> bool:
+    """Whether a GradScaler found inf or NaN, so that the (fused) optimizer will not move.
+
+    Others it does not even call then. On a device this is asked only where the policy reads it anyway.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    if found is None or (found.device.type != "cpu" and policy.nonfinite not in ("raise", "skip")):
+        return False
+    return bool(found)
+
+
+def _clip_scaled(optimizer: Optimizer, params: list[Tensor], policy: Policy) -> ClipReport:
+    """Clip the gradients of `params`, which a GradScaler leaves scaled for fused optimizers."""
+    grads = [param.grad for param in params if param.grad is not None]
+    if optimizer.defaults.get("differentiable"):
+        clipped, report = clip(grads, policy, backend="torch")
+        for param, grad in zip(params, clipped, strict=True):
+            param.grad = grad
+        return report
+    factor: Tensor | None = getattr(optimizer, "grad_scale", None)
+    with torch.no_grad():
+        if factor is None:
+            return clip_(grads, policy, backend="torch")
+        if any(grad.dtype == torch.float16 for grad in grads):
+            return _clip_and_rescale(grads, factor, policy)
+        for grad in grads:
+            grad.div_(factor.to(grad.device))
+        # one, not None: the scaler multiplies with it if the step raises and is called again
+        optimizer.grad_scale = torch.ones_like(factor)  # type: ignore[attr-defined]
+        return clip_(grads, policy, backend="torch")
+
+
+def _clip_and_rescale(grads: list[Tensor], factor: Tensor, policy: Policy) -> ClipReport:
+    """Clip in float32 and leave the gradients scaled: unscaled ones would underflow in float16."""
+    unscaled = [grad.float() / factor.to(grad.device) for grad in grads]
+    clipped, report = clip(unscaled, policy, backend="torch")
+    for grad, before, after in zip(grads, unscaled, clipped, strict=True):
+        if after is not before:
+            grad.copy_(after * factor.to(grad.device))
+    return report

@@ -38,10 +38,15 @@ _FLATTENED = {"first": "... (channel spatial)", "last": "... (spatial channel)"}
 
 
 class Agreement(NamedTuple):
-    """The relative error of two values in the arrangement that makes it smallest."""
+    """The relative error of two values in the arrangement that makes it smallest.
+
+    `padded`: they agree once each layer's own padding is counted in, so that a padding layer on one side and a padding
+    inside the convolution on the other are the same.
+    """
 
     error: float
     arrangement: Arrangement
+    padded: bool = False
 
 
 def relative_error(source: Array, target: Array) -> float:

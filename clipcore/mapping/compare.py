@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from clipcore.backend import Layer
 from clipcore.mapping import reference
 from clipcore.mapping.align import SAME, Agreement, Arrangement, agree, arrangements, relative_error
+from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.models import Call, Side
 from clipcore.structure import leaves, rebuild
 
@@ -43,15 +46,34 @@ class Comparison:
 
     def arrangements(self, value: Array, index: int) -> list[Arrangement]:
         """The ways in which the target may hold a value that flows in call `index` of the source."""
-        axis = 1 if self._conventions[0] == "first" else -1
-        maps = [v for call in self.calls[:index] for _, v in leaves(call.output) if v.ndim >= 3]
-        maps += [v for call in self.calls[: index + 1] for v in call.inputs if v.ndim >= 3]
         features = value.shape[-1] if value.ndim else 0
-        return arrangements(value.ndim, features, self._conventions, (v.shape[axis] for v in reversed(maps)))
+        return arrangements(value.ndim, features, self._conventions, self._channels_before[index])
 
-    def inputs(self, index: int, theirs: Sequence[Array]) -> Agreement:
-        """How well the inputs of call `index` of the source agree with those of a call of the target."""
-        ours = self.calls[index].inputs
+    @cached_property
+    def _channels_before(self) -> list[tuple[int, ...]]:
+        """For each call (and the end), the numbers of channels of the feature maps up to there, the latest first."""
+        axis = 1 if self._conventions[0] == "first" else -1
+        seen: dict[int, None] = {}
+        before = []
+        for call in self.calls:
+            _latest(seen, (v.shape[axis] for v in call.inputs if v.ndim >= 3))
+            before.append(tuple(reversed(seen)))
+            _latest(seen, (v.shape[axis] for _, v in leaves(call.output) if v.ndim >= 3))
+        return [*before, tuple(reversed(seen))]
+
+    def inputs(self, index: int, layer: str, theirs: Sequence[Array]) -> Agreement:
+        """How well the inputs of call `index` of the source agree with those of a call of a layer of the target."""
+        plain = self._inputs(index, self.calls[index].inputs, theirs)
+        pair = self.ours.layers[self.calls[index].layer], self.theirs.layers[layer]
+        if plain.error < math.inf or any("padding" not in side.settings for side in pair):
+            return plain
+        ours, theirs = (
+            [_padded(value, side) for value in values]
+            for side, values in zip(pair, (self.calls[index].inputs, theirs), strict=True)
+        )
+        return self._inputs(index, ours, theirs)._replace(padded=True)
+
+    def _inputs(self, index: int, ours: Sequence[Array], theirs: Sequence[Array]) -> Agreement:
         if len(ours) != len(theirs):
             return Agreement(math.inf, SAME)
         worst = Agreement(0.0, SAME)
@@ -90,6 +112,22 @@ class Comparison:
             ),
             default=0.0,
         )
+
+
+def _padded(value: Array, layer: Layer) -> Array:
+    """A convolution's input with the zeros that it adds itself."""
+    first = layer.settings.get("channels", "first") == "first"
+    pads = explicit_padding(layer, value.shape[2:] if first else value.shape[1:-1])
+    if layer.settings.get("padding_mode", "zeros") != "zeros" or len(pads) != value.ndim - 2:
+        return value
+    return np.pad(value, [(0, 0), (0, 0), *pads] if first else [(0, 0), *pads, (0, 0)])
+
+
+def _latest(seen: dict[int, None], channels: Iterable[int]) -> None:
+    """Move these keys to the end."""
+    for count in channels:
+        seen.pop(count, None)
+        seen[count] = None
 
 
 def _closest(

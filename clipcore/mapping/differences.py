@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from clipcore.backend import Layer
@@ -23,14 +24,17 @@ _REMEDIES = {
     "scale": "build the target's layer with a scale",
 }
 # An activation may stand inside a layer here and behind it there, so a differing one alone is no difference.
-_NOT_COMPARED = {"activation"}
+_NOT_COMPARED = frozenset({"activation"})
 
 
-def differences_between(source: Layer, target: Layer, call: Call | None) -> list[Difference]:
+def differences_between(
+    source: Layer, target: Layer, call: Call | None, ignore: frozenset[str] = frozenset()
+) -> list[Difference]:
     """Every setting in which two matched layers differ.
 
     Args:
         call: one call of the source's layer, for paddings that depend on the size of the input.
+        ignore: settings that are known to make no difference between these two.
     """
     kind = KINDS.get(target.kind)
     if kind is None:
@@ -41,7 +45,7 @@ def differences_between(source: Layer, target: Layer, call: Call | None) -> list
         if role in kind.optional and role not in target.tensors and role in _REMEDIES
     ]
     for setting in (*kind.settings, *kind.training_settings):
-        if setting in _NOT_COMPARED:
+        if setting in _NOT_COMPARED | ignore:
             continue
         ours, theirs = (_setting(layer, setting, source, call) for layer in (source, target))
         if not _equal(ours, theirs):
@@ -57,21 +61,18 @@ def _difference(layer: str, setting: str, source: Any, target: Any) -> Differenc
 def _setting(layer: Layer, setting: str, source: Layer, call: Call | None) -> Any:
     value = layer.settings.get(setting)
     if setting == "padding" and value == "same" and call is not None and call.inputs:
-        return _explicit_padding(layer, source, call)
+        shape = call.inputs[0].shape
+        first = source.settings.get("channels", "first") == "first"
+        return explicit_padding(layer, shape[2:] if first else shape[1:-1])
     return value
 
 
-def _explicit_padding(layer: Layer, source: Layer, call: Call) -> Any:
-    """What TensorFlow's rule "same" comes to for the input that the source's layer saw."""
-    shape = call.inputs[0].shape
-    window = _window(layer)
-    sizes = shape[2:] if source.settings.get("channels", "first") == "first" else shape[1:-1]
-    pads = reference.paddings("same", sizes, window, layer.settings["stride"], layer.settings["dilation"])
-    return tuple(tuple(int(n) for n in pair) for pair in pads)
-
-
-def _window(layer: Layer) -> tuple[int, ...]:
-    return canonical_shape(layer, "kernel")[3:]
+def explicit_padding(layer: Layer, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """A convolution's padding per spatial axis; TensorFlow's rule "same" makes it depend on the input's sizes."""
+    settings = layer.settings
+    window = canonical_shape(layer, "kernel")[3:]
+    pads = reference.paddings(settings["padding"], sizes, window, settings["stride"], settings["dilation"])
+    return tuple((int(before), int(after)) for before, after in pads)
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

@@ -93,6 +93,7 @@ class Match:
     arrangement: Arrangement
     input_error: float
     output_error: float = 0.0
+    padded: bool = False
     options: int = 1
 
 
@@ -134,7 +135,7 @@ class LockStep:
 
     def _before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         known = self.matches.get(layer)
-        found = self._same_input([known.source] if known else self._candidates(layer), inputs)
+        found = self._same_input(layer, [known.source] if known else self._candidates(layer), inputs)
         if found:
             match, index = self._choose(layer, found)
         elif layer in self.excused:
@@ -169,13 +170,13 @@ class LockStep:
             if name not in self._taken and signature(self.comparison.ours.layers[name]) == wanted
         ]
 
-    def _same_input(self, names: Sequence[str], inputs: list[Array]) -> dict[str, tuple[Agreement, int]]:
+    def _same_input(self, layer: str, names: Sequence[str], inputs: list[Array]) -> dict[str, tuple[Agreement, int]]:
         """For each candidate that saw this input, the call in which it did."""
         best: dict[str, tuple[Agreement, int]] = {}
         for index, call in enumerate(self.comparison.calls):
             if call.layer not in names:
                 continue
-            agreement = self.comparison.inputs(index, inputs)
+            agreement = self.comparison.inputs(index, layer, inputs)
             limit = best[call.layer][0].error if call.layer in best else tolerance(inputs)
             if agreement.error <= limit:
                 best[call.layer] = agreement, index
@@ -191,7 +192,15 @@ class LockStep:
             chosen = self.choices[turn] if turn < len(self.choices) else 0
             self.ties.append(Tie(layer, tuple(options), chosen))
         agreement, index = found[options[chosen]]
-        return Match(options[chosen], layer, agreement.arrangement, agreement.error, options=len(options)), index
+        match = Match(
+            options[chosen],
+            layer,
+            agreement.arrangement,
+            agreement.error,
+            padded=agreement.padded,
+            options=len(options),
+        )
+        return match, index
 
     def _by_structure(self, layer: str, inputs: list[Array]) -> tuple[Match, int]:
         """The origin of a layer whose input no source layer saw: the only one of its kind and shape, or by order."""

@@ -120,7 +120,7 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, the same bytes for the same plan; a reader sees the old file or the new one, whole."""
+        """Write the plan as JSON: the same bytes for the same plan, and the old file or the new one, whole."""
         text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         part = Path(f"{path}.part")
         part.write_text(text, encoding="utf-8")

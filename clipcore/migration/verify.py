@@ -14,6 +14,7 @@ from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import relative_error
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.find import plan as find_plan
+from clipcore.mapping.kinds import KINDS
 from clipcore.mapping.lockstep import values_for
 from clipcore.mapping.models import Call, Side, as_arrays, describe, record, target_samples
 from clipcore.mapping.plan import Difference, Plan
@@ -261,7 +262,7 @@ def _compare_layers(
         error = comparison.layer_outputs(index, call.layer, call.output)[1]
         layers.append(LayerAgreement(other.layer, call.layer, error))
         if divergence is None and error > _TOLERANCE:
-            came_in = comparison.inputs(index, call.inputs).error
+            came_in = comparison.inputs(index, call.layer, call.inputs).error
             divergence = Divergence(call.layer, other.layer, error, _why(ours, theirs, plan, call.layer, came_in))
     return layers, divergence
 
@@ -284,7 +285,9 @@ def _why(ours: Side, theirs: Side, plan: Plan, layer: str, came_in: float) -> st
                 f"{row.role}: the target's {row.target!r} is not what the plan carries from "
                 f"{', '.join(row.sources) or 'no source'}; migrate first; after a limited migration pass result.plan"
             )
-    found = [difference for difference in plan.differences if difference.layer == layer]
+    kind = KINDS.get(theirs.layers[layer].kind)
+    idle = kind.training_settings if kind else ()
+    found = [d for d in plan.differences if d.layer == layer and d.setting not in idle]
     if found:
         return "; ".join(f"{d.setting}: the target has {d.target}, the source {d.source}" for d in found)
     return "inputs and weights agree and the known settings too; the layer computes something else"

@@ -1,0 +1,125 @@
+"""What is typed on the command line, made into what the public API takes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import clipcore as cc
+from clipcore.cli.output import hushed
+
+LIMITS: dict[str, Callable[[float], cc.Policy]] = {
+    "value": cc.ClipByValue,
+    "norm": cc.ClipByNorm,
+    "global_norm": cc.ClipByGlobalNorm,
+}
+
+
+def parse_limit(text: str) -> Any:
+    """A limit from `value:0.5`, `norm:1.0`, `global_norm:1.0`, or `delta:` and one of these.
+
+    Raises:
+        InvalidInput: it is none of them. InvalidPolicy: the number is out of range.
+
+    >>> parse_limit("global_norm:1.0")
+    ClipByGlobalNorm(nonfinite='propagate', max_norm=1.0, p=2.0)
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "delta":
+        return cc.Delta(parse_limit(rest))
+    try:
+        return LIMITS[kind](float(rest))
+    except (KeyError, ValueError) as err:
+        if isinstance(err, cc.ClipcoreError):
+            raise
+        raise cc.InvalidInput(
+            f"limit {text!r} is not understood; expected value:NUMBER, norm:NUMBER, global_norm:NUMBER, "
+            f"or delta: and one of these, say delta:global_norm:1.0"
+        ) from err
+
+
+def parse_sample(text: str, seed: int) -> Any:
+    """A sample from a file (`x.npy` an array, `x.npz` a dict of them) or a shape (`1,3,224,224`: normal, float32).
+
+    Raises:
+        InvalidInput: no such file, not a file of arrays, or not a shape.
+    """
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        shape = [int(length) for length in text.split(",")]
+        return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if Path(text).suffix not in (".npy", ".npz"):
+        raise cc.InvalidInput(f"sample {text!r} is neither a shape, say 1,3,224,224, nor a .npy or .npz file")
+    try:
+        with open(text, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
+        raise cc.InvalidInput(f"sample {text!r} cannot be read: {err}") from err
+
+
+def load_model(name: str, weights: str | None = None) -> Any:
+    """The model that `backend:package.module:factory` names; the current directory is importable.
+
+    Args:
+        name: the factory is called without arguments; a model in its place is taken as it is.
+        weights: the framework's own file of weights to load into it.
+    Raises:
+        BackendError: no such backend. InvalidInput: no such module, factory or file, or the factory fails.
+    """
+    backend, factory = _find(name)
+    if weights is not None and not os.path.exists(weights):
+        raise cc.InvalidInput(f"model {name!r}: the file of weights {weights!r} does not exist")
+    try:
+        return backend.load_model((lambda: factory) if backend.is_model(factory) else factory, weights)
+    except cc.ClipcoreError:
+        raise
+    except Exception as err:
+        raise cc.InvalidInput(f"model {name!r} cannot be made: {type(err).__name__}: {err}") from err
+
+
+def _find(name: str) -> tuple[Any, Any]:
+    """The backend and the factory that a model's name names."""
+    if len(parts := name.split(":")) != 3 or not all(parts):
+        raise cc.InvalidInput(f"model {name!r} is not of the form backend:module:factory, say torch:nets.small:build")
+    backend_name, module_name, attribute = parts
+    with hushed():
+        backend: Any = cc.get_backend(backend_name)
+    if not hasattr(backend, "load_model"):
+        raise cc.InvalidInput(f"model {name!r}: backend {backend_name!r} has no models, it clips arrays alone")
+    module = _import(name, module_name)
+    try:
+        return backend, reduce(getattr, attribute.split("."), module)
+    except AttributeError as err:
+        raise cc.InvalidInput(
+            f"model {name!r}: module {module_name!r} ({getattr(module, '__file__', None)}) has no {attribute!r}"
+        ) from err
+
+
+def _import(name: str, module_name: str) -> Any:
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module_name)
+    except Exception as err:
+        raise cc.InvalidInput(
+            f"model {name!r}: module {module_name!r} cannot be imported from {here}: {type(err).__name__}: {err}"
+        ) from err
+
+
+def check_output(path: str) -> None:
+    """Refuse a file that could not be written, before any work is done for it.
+
+    Raises:
+        InvalidInput: its folder does not exist.
+    """
+    if not (folder := Path(path).resolve().parent).is_dir():
+        raise cc.InvalidInput(f"output {path!r}: the folder {str(folder)!r} does not exist; make it first")

@@ -17,8 +17,9 @@ from clipcore.hookspecs import hookimpl
 from clipcore.mapping.find import plan
 from clipcore.mapping.plan import Difference, Plan, Row
 from clipcore.migration.apply import MigratedTensor, MigrationResult, migrate
+from clipcore.migration.diagnosis import Divergence, LayerAgreement
 from clipcore.migration.limits import Delta
-from clipcore.migration.verify import Divergence, LayerAgreement, Verification, verify
+from clipcore.migration.verify import Verification, verify
 from clipcore.plugins import backend_of, backends, get_backend
 from clipcore.training import Attachment, attach, compile
 

@@ -21,7 +21,7 @@ from clipcore.mapping.lockstep import (
     rows_between,
     signature,
 )
-from clipcore.mapping.models import Call, Side, as_arrays, record, target_samples
+from clipcore.mapping.models import Call, Side, as_arrays, record, target_samples, written
 from clipcore.mapping.plan import Difference, Evidence, Plan, Row
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -51,8 +51,7 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
     _check_something_shared(ours, theirs)
     sample = as_arrays(sample)
     hiding = ours.hiding()
-    with ours.restored(list(hiding)), theirs.restored():
-        ours.backend.write(ours.model, hiding)
+    with written(ours, hiding), theirs.restored():
         calls, outputs = record(ours, sample)
         weights = ours.copies(ours.tensors)
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
@@ -153,8 +152,9 @@ class _Search:
 
     @staticmethod
     def _settle_by_name(step: LockStep, other: LockStep, settled: dict[str, Evidence]) -> None:
+        exchanged = [name for name in step.matches if step.matches[name].source != other.matches[name].source]
         for tie in step.ties:
-            if step.matches[tie.target].source == other.matches[tie.target].source:
+            if tie.target not in exchanged:
                 continue
             likeness = sorted((resemblance(option, tie.target) for option in tie.options), reverse=True)
             if likeness[0] == likeness[1] or tie.chosen != 0:
@@ -163,7 +163,7 @@ class _Search:
                     f"{', '.join(map(repr, tie.options))}; nothing but a name can tell them apart: "
                     f"name the target's layer like its origin"
                 )
-            settled[tie.target] = "name"
+        settled.update(dict.fromkeys(exchanged, "name"))
 
 
 def _next_choices(step: LockStep, before: int | None = None) -> tuple[int, ...] | None:
@@ -204,12 +204,12 @@ def _once(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str]:
     if match.target in settled:
-        return settled[match.target], f"{match.options} layers compute the same; the names decide"
+        return settled[match.target], "several layers would do as well; the names decide"
     if match.input_error == float("inf"):
         return "structure", "its input differs from every source layer's; its kind, shape and order decide"
     if match.output_error > _OUTPUT_TOLERANCE:
         return "structure", "saw the same input, but gave another output: see the differences"
-    # no figures: the last bits of an error may differ from run to run, and a plan has the same bytes for the same models
+    # no figures: an error's last bits may differ from run to run, and a plan has the same bytes for the same models
     reason = "saw the same input and gave the same output"
     if match.options > 1:
         reason += f"; of {match.options} with this input, the one that fits what follows"

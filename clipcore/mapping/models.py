@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +59,12 @@ class Side:
         """The outputs on `sample`; a failure names the sample's shape."""
         try:
             return self.backend.run(self.model, sample, watcher)
-        except ClipcoreError:
-            raise
+        except ClipcoreError as err:
+            raise InvalidInput(f"the {self.which}: {one_line(err)}") from err
         except Exception as err:
             raise InvalidInput(
                 f"the {self.which} ({type(self.model).__name__}) does not run on a sample of shape "
-                f"{describe(sample)}: {type(err).__name__}: {str(err).strip().splitlines()[0] if str(err) else ''}; "
-                f"give a sample as this model takes it"
+                f"{describe(sample)}: {type(err).__name__}: {one_line(err)}; give a sample as this model takes it"
             ) from err
 
     @contextmanager
@@ -111,6 +111,15 @@ def _tracing_backend(model: Any, which: str) -> TracingBackend:
     return tracing
 
 
+@contextmanager
+def written(side: Side, values: Mapping[str, Array]) -> Iterator[None]:
+    """The named tensors hold other values for a moment."""
+    with side.restored(values):
+        if values:
+            side.backend.write(side.model, values)
+        yield
+
+
 def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
     """The calls of a model's layers on a sample, and its outputs."""
     recorder = Recorder()
@@ -122,6 +131,12 @@ def describe(sample: Any) -> str:
     """The shapes of a sample, for a message."""
     shapes = [str(tuple(np.shape(leaf))) for _, leaf in leaves(sample)]
     return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
+
+
+def one_line(err: Exception, longest: int = 400) -> str:
+    """What a framework said, on one line, without colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(err)).split())
+    return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def as_arrays(sample: Any) -> Any:

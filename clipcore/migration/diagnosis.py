@@ -1,0 +1,114 @@
+"""Where two models part: the matched layers in order of execution, and why the first of them differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipcore.mapping.compare import Comparison
+from clipcore.mapping.kinds import KINDS
+from clipcore.mapping.lockstep import values_for
+from clipcore.mapping.models import Call, Side
+from clipcore.mapping.plan import Plan, Row
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """Two matched layers, and the relative error of the target's output against the source's."""
+
+    source: str
+    target: str
+    rel_error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first layer, in the target's order of execution, that is not the source's, and why.
+
+    Attributes:
+        layer, source_layer: as target and source name it.
+        rel_error: of its output.
+        reason: one sentence.
+        stale: whether one of its tensors is not what the plan carries.
+    """
+
+    layer: str
+    source_layer: str
+    rel_error: float
+    reason: str
+    stale: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.layer} (from {self.source_layer}): {self.reason} (relative error {self.rel_error:.1e})"
+
+
+def compare_layers(
+    ours: Side, theirs: Side, plan: Plan, source_calls: Sequence[Call], target_calls: Sequence[Call]
+) -> tuple[list[LayerAgreement], Divergence | None]:
+    """The agreement of matched layers, and the first that parts: by its tensors, or by its output."""
+    comparison = Comparison(ours, theirs, source_calls)
+    origin = {target: source for source, target in plan.layer_pairs}
+    stale = _stale_rows(ours, theirs, plan)
+    places: dict[str, list[int]] = {}
+    for index, call in enumerate(source_calls):
+        places.setdefault(call.layer, []).append(index)
+    layers: list[LayerAgreement] = []
+    divergence = None
+    for call in target_calls:
+        remaining = places.get(origin.get(call.layer, ""), [])
+        if not remaining:
+            continue
+        index = remaining.pop(0)
+        error = comparison.layer_outputs(index, call.layer, call.output)[1]
+        layers.append(LayerAgreement(origin[call.layer], call.layer, error))
+        if divergence is None and (error > _TOLERANCE or call.layer in stale):
+            why = _why(comparison, plan, index, call, stale.pop(call.layer, None))
+            divergence = Divergence(call.layer, origin[call.layer], error, *why)
+    if divergence is None and stale:
+        layer, row = next(iter(stale.items()))
+        divergence = Divergence(layer, row.source_layer, 0.0, _not_carried(row), stale=True)
+    return layers, divergence
+
+
+def _stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:
+    """For each layer of the target with a tensor that is not what the plan carries, the first such row."""
+    weights = ours.backend.read(ours.model, [name for row in plan.rows for name in row.sources])
+    held = theirs.backend.read(theirs.model, [row.target for row in plan.rows])
+    expected: Mapping[str, Array] = values_for(plan.rows, theirs.tensors, weights)
+    stale: dict[str, Row] = {}
+    for row in plan.rows:
+        if not np.array_equal(expected[row.target], held[row.target]):
+            stale.setdefault(row.target_layer, row)
+    return stale
+
+
+def _not_carried(row: Row) -> str:
+    return (
+        f"{row.role}: the target's {row.target!r} is not what the plan carries from "
+        f"{', '.join(map(repr, row.sources)) or 'no source'}; migrate first; after a limited migration pass result.plan"
+    )
+
+
+def _why(comparison: Comparison, plan: Plan, index: int, call: Call, stale: Row | None) -> tuple[str, bool]:
+    """(reason, whether a tensor is not what the plan carries)."""
+    if stale is not None:
+        return _not_carried(stale), True
+    came_in = comparison.inputs(index, call.layer, call.inputs).error
+    if came_in > 10 * _TOLERANCE:
+        return (
+            f"its input differs already (relative error {came_in:.1e}): an operation without weights before it "
+            f"(pooling, activation, padding, reshaping) is not the same"
+        ), False
+    kind = KINDS.get(comparison.theirs.layers[call.layer].kind)
+    idle = kind.training_settings if kind else ()
+    found = [d for d in plan.differences if d.layer == call.layer and d.setting not in idle]
+    if found:
+        return "; ".join(f"{d.setting}: the target has {d.target}, the source {d.source}" for d in found), False
+    return "inputs, weights and the known settings agree; the layer computes something else", False

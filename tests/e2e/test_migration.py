@@ -1,0 +1,526 @@
+"""Weights move between PyTorch and Keras models that were built apart, in every direction, and the result is proved."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import clipcore as cc
+
+L = keras.layers
+KERAS_CONV = {1: L.Conv1D, 2: L.Conv2D, 3: L.Conv3D}
+KERAS_DEPTHWISE = {1: L.DepthwiseConv1D, 2: L.DepthwiseConv2D}
+KERAS_PAD = {1: L.ZeroPadding1D, 2: L.ZeroPadding2D, 3: L.ZeroPadding3D}
+KERAS_POOL = {1: L.AveragePooling1D, 2: L.AveragePooling2D, 3: L.AveragePooling3D}
+TORCH_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TORCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+TORCH_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def randomised(model, seed=0):
+    """The model with every parameter and statistic random; variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        return rng.uniform(0.5, 1.5, shape) if "var" in name else rng.normal(0, 0.4, shape)
+
+    if isinstance(model, keras.Model):
+        for variable in model.variables:
+            if variable.dtype.startswith("float"):
+                variable.assign(draw(variable.path.split("/")[-1], variable.shape))
+    else:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.from_numpy(np.asarray(draw(name, tuple(tensor.shape)))))
+    return model
+
+
+def contents(model):
+    """Every tensor of a model, copied."""
+    if isinstance(model, keras.Model):
+        return [variable.numpy().copy() for variable in model.variables]
+    return [tensor.clone().numpy() for tensor in model.state_dict().values()]
+
+
+def assert_bitwise_equal(before, after):
+    assert len(before) == len(after)
+    for first, second in zip(before, after, strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+@st.composite
+def networks(draw):
+    """A recipe that both frameworks can build: rank, channels, size, blocks, and what follows them."""
+    rank = draw(st.integers(1, 3))
+    channels = draw(st.sampled_from([2, 3, 4]))
+    size = draw(st.sampled_from([7, 8]))
+    blocks = []
+    width = channels
+    for _ in range(draw(st.integers(1, 3))):
+        depthwise = rank < 3 and draw(st.booleans())
+        # TensorFlow has no grouped 3-D convolution on a CPU
+        groups = width if depthwise else draw(st.sampled_from([g for g in (1, 2)[: 4 - rank] if width % g == 0]))
+        out = width * draw(st.integers(1, 2)) if depthwise else 2 * draw(st.integers(1, 3))
+        kernel = draw(st.sampled_from([1, 3]))
+        blocks.append(
+            {
+                "depthwise": depthwise,
+                "groups": groups,
+                "out": out,
+                "kernel": kernel,
+                "padding": draw(st.sampled_from([0, (kernel - 1) // 2])),
+                "stride": draw(st.sampled_from([1, 2])) if size > 5 else 1,
+                "bias": draw(st.booleans()),
+                "norm": draw(st.booleans()),
+                "activation": draw(st.sampled_from([None, "relu", "tanh"])),
+            }
+        )
+        block = blocks[-1]
+        size = (size + 2 * block["padding"] - kernel) // block["stride"] + 1
+        width = out
+        if size < 3:
+            break
+    return {
+        "rank": rank,
+        "channels": channels,
+        "blocks": blocks,
+        "pool": size >= 4 and draw(st.booleans()),
+        "flatten": draw(st.booleans()),
+        "dense": draw(st.lists(st.integers(2, 5), min_size=1, max_size=2)),
+    }
+
+
+TORCH_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "softmax": lambda: nn.Softmax(-1)}
+
+
+class MeanOverPlaces(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).mean(2)
+
+
+def build_torch(recipe, shape):
+    rank, width, layers = recipe["rank"], recipe["channels"], []
+    for block in recipe["blocks"]:
+        options = {key: block[key] for key in ("padding", "stride", "groups", "bias")}
+        layers.append(TORCH_CONV[rank](width, block["out"], block["kernel"], **options))
+        if block["norm"]:
+            layers.append(TORCH_NORM[rank](block["out"], eps=1e-3))
+        if block["activation"]:
+            layers.append(TORCH_ACTIVATIONS[block["activation"]]())
+        width = block["out"]
+    if recipe["pool"]:
+        layers.append(TORCH_POOL[rank](2))
+    layers.append(nn.Flatten() if recipe["flatten"] else MeanOverPlaces())
+    width = nn.Sequential(*layers).eval()(torch.zeros(shape)).shape[1]
+    for out in recipe["dense"]:
+        layers += [nn.Linear(width, out), nn.Tanh()]
+        width = out
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def build_keras(recipe, shape):
+    rank = recipe["rank"]
+    x = inputs = keras.Input((*shape[2:], shape[1]))
+    for block in recipe["blocks"]:
+        # the padding stands in a layer of its own, the activation inside the convolution: other habits, same function
+        if block["padding"]:
+            x = KERAS_PAD[rank](block["padding"])(x)
+        options = {"strides": block["stride"], "use_bias": block["bias"]}
+        if not block["norm"]:
+            options["activation"] = block["activation"]
+        if block["depthwise"]:
+            multiplier = block["out"] // block["groups"]
+            x = KERAS_DEPTHWISE[rank](block["kernel"], depth_multiplier=multiplier, **options)(x)
+        else:
+            x = KERAS_CONV[rank](block["out"], block["kernel"], groups=block["groups"], **options)(x)
+        if block["norm"]:
+            x = L.BatchNormalization(epsilon=1e-3)(x)
+            x = L.Activation(block["activation"])(x) if block["activation"] else x
+    if recipe["pool"]:
+        x = KERAS_POOL[rank](2)(x)
+    x = L.Flatten()(x) if recipe["flatten"] else x
+    if not recipe["flatten"]:
+        x = keras.ops.mean(x, axis=tuple(range(1, rank + 1)))
+    for place, out in enumerate(recipe["dense"]):
+        x = L.Dense(out, activation="tanh" if place + 1 < len(recipe["dense"]) else None)(x)
+    return keras.Model(inputs, x)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(networks(), st.sampled_from(["torch to keras", "keras to torch", "torch to torch", "keras to keras"]), st.data())
+def test_any_convolutional_network_moves_between_any_two_frameworks_and_computes_the_same(recipe, direction, data):
+    size = data.draw(st.sampled_from([7, 8]))
+    shape = (2, recipe["channels"], *[size] * recipe["rank"])
+    try:
+        # a size that the recipe was not drawn for can leave nothing after the strides
+        reference = build_torch(recipe, shape)
+    except RuntimeError:
+        return
+    first, second = direction.split(" to ")
+    build = {"torch": build_torch, "keras": build_keras}
+    source = randomised(reference if first == "torch" else build_keras(recipe, shape), 1)
+    target = randomised(build[second](recipe, shape), 2)
+    sample = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    sample = sample if first == "torch" else np.moveaxis(sample, 1, -1)
+    kept, before = contents(source), contents(target)
+
+    plan = cc.plan(source, target, sample=sample)
+    assert_bitwise_equal(before, contents(target))
+    assert not cc.verify(source, target, sample=sample, plan=plan).ok
+    cc.migrate(source, target, plan=plan)
+    check = cc.verify(source, target, sample=sample, plan=plan)
+
+    assert check.ok, check
+    assert check.max_rel_error <= 1e-5
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    assert_bitwise_equal(kept, contents(source))
+    if first == second:
+        floats = [pair for pair in zip(kept, contents(target), strict=True) if pair[0].dtype.kind == "f"]
+        assert_bitwise_equal([a for a, _ in floats], [b for _, b in floats])
+
+
+def small_torch(padding=1, eps=1e-5):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=padding),
+        nn.BatchNorm2d(4, eps=eps),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+        nn.ReLU(),
+        nn.Linear(5, 2),
+    ).eval()
+
+
+def small_keras(padding="explicit", eps=1e-5, dtype="float32"):
+    inputs = keras.Input((8, 8, 3), dtype=dtype)
+    x = L.ZeroPadding2D(1, dtype=dtype)(inputs) if padding == "explicit" else inputs
+    mode = "valid" if padding == "explicit" else padding
+    x = L.Conv2D(4, 3, strides=2, padding=mode, name="conv", dtype=dtype)(x)
+    x = L.BatchNormalization(epsilon=eps, name="norm", dtype=dtype)(x)
+    x = L.Flatten(dtype=dtype)(L.ReLU(dtype=dtype)(x))
+    x = L.Dense(5, activation="relu", name="hidden", dtype=dtype)(x)
+    return keras.Model(inputs, L.Dense(2, name="head", dtype=dtype)(x))
+
+
+SAMPLE = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+
+def test_fresh_models_whose_biases_and_statistics_would_hide_an_error_are_mapped_and_left_as_they_are():
+    source, target = small_torch(), small_keras()
+    kept, before = contents(source), contents(target)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    assert_bitwise_equal(kept, contents(source))
+    assert_bitwise_equal(before, contents(target))
+    assert {row.evidence for row in plan.rows} == {"proven"}
+
+
+def test_the_kernel_behind_a_flatten_is_carried_in_the_order_of_the_features_and_no_plain_transpose():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    cc.migrate(source, target, sample=SAMPLE)
+    kernel = source[4].weight.detach().numpy()
+    by_hand = kernel.reshape(5, 4, 4, 4).transpose(2, 3, 1, 0).reshape(64, 5)
+    np.testing.assert_array_equal(target.get_layer("hidden").kernel.numpy(), by_hand)
+    target.get_layer("hidden").kernel.assign(kernel.T)
+    check = cc.verify(source, target, sample=SAMPLE)
+    assert not check.ok
+    assert check.first_divergence.layer == "hidden"
+
+
+def test_another_epsilon_is_no_error_of_the_plan_and_is_named_by_verify():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(eps=1e-3), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    cc.migrate(source, target, plan=plan)
+    check = cc.verify(source, target, sample=SAMPLE, plan=plan)
+    assert not check.ok
+    assert check.first_divergence.layer == "norm"
+    assert "eps" in check.first_divergence.reason
+    assert any(d.setting == "eps" and d.source == 1e-5 and d.target == 1e-3 for d in check.differences)
+
+
+def test_a_stride_two_padding_same_is_named_with_both_paddings():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(padding="same"), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    cc.migrate(source, target, plan=plan)
+    check = cc.verify(source, target, sample=SAMPLE, plan=plan)
+    assert not check.ok
+    assert check.first_divergence.layer == "conv"
+    assert "((0, 1), (0, 1))" in check.first_divergence.reason
+    assert "((1, 1), (1, 1))" in check.first_divergence.reason
+
+
+def test_one_wrong_weight_anywhere_is_found_and_its_layer_named():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    for name in ("conv", "norm", "hidden", "head"):
+        cc.migrate(source, target, plan=plan)
+        variable = target.get_layer(name).weights[0]
+        value = variable.numpy().copy()
+        value.flat[0] += 1
+        variable.assign(value)
+        check = cc.verify(source, target, sample=SAMPLE, plan=plan)
+        assert check.first_divergence.layer == name
+        assert variable.path in check.first_divergence.reason
+
+
+def test_verify_without_a_plan_finds_one():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    cc.migrate(source, target, sample=SAMPLE)
+    assert cc.verify(source, target, sample=SAMPLE).ok
+
+
+def test_a_network_without_flatten_is_verified_at_even_and_odd_sizes():
+    source = randomised(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)).eval(), 1)
+    inputs = keras.Input((None, None, 3))
+    x = L.Conv2D(4, 3, padding="same", activation="relu")(inputs)
+    target = keras.Model(inputs, L.Conv2D(2, 3, padding="same")(x))
+    cc.migrate(source, target, sample=SAMPLE)
+    check = cc.verify(source, target, sample=SAMPLE)
+    assert check.ok
+    assert check.shapes == ("(2, 3, 8, 8)", "(2, 3, 7, 7)")
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(30, 8), nn.LayerNorm(8)
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        scores = self.query(x) @ self.key(x).transpose(1, 2)
+        return self.out(torch.softmax(scores, -1) @ self.value(x))
+
+
+class AttentionInKeras(keras.Model):
+    """The same function; its layers run in another order and carry no names."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = L.Embedding(30, 8), L.LayerNormalization(epsilon=1e-5)
+        self.a, self.b, self.c, self.d = (L.Dense(8) for _ in range(4))
+
+    def call(self, tokens):
+        x = self.scale(self.table(tokens))
+        value, key, query = self.a(x), self.b(x), self.c(x)
+        scores = keras.ops.softmax(keras.ops.matmul(query, keras.ops.transpose(key, (0, 2, 1))))
+        return self.d(keras.ops.matmul(scores, value))
+
+
+def test_query_key_and_value_see_the_same_input_and_are_told_apart_by_what_follows():
+    tokens = np.random.default_rng(0).integers(0, 30, (2, 6))
+    target = AttentionInKeras()
+    target(tokens)
+    source = randomised(Attention(), 1)
+    randomised(target, 2)
+    plan = cc.plan(source, target, sample=tokens)
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=tokens, plan=plan).ok
+    np.testing.assert_array_equal(target.c.kernel.numpy(), source.query.weight.detach().numpy().T)
+    assert {row.evidence for row in plan.rows} == {"proven"}
+
+
+class Towers(nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x):
+        return sum(torch.tanh(getattr(self, name)(x)) for name in self.names)
+
+
+def test_towers_that_compute_the_same_are_settled_by_name_and_shown_as_such():
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    source, target = Towers(["image", "text"]), Towers(["text", "image"])
+    plan = cc.plan(randomised(source, 1), randomised(target, 2), sample=x)
+    assert {row.target: row.sources[0] for row in plan.rows} == {row.target: row.target for row in plan.rows}
+    assert {row.evidence for row in plan.rows} == {"name"}
+
+
+def test_towers_that_nothing_tells_apart_are_an_error_that_lists_them():
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    source, target = randomised(Towers(["one", "two"]), 1), randomised(Towers(["xxxx", "yyyy"]), 2)
+    before = contents(target)
+    with pytest.raises(cc.MappingError, match="'one', 'two'"):
+        cc.plan(source, target, sample=x)
+    assert_bitwise_equal(before, contents(target))
+
+
+POLICIES = [cc.ClipByValue(0.3), cc.ClipByNorm(0.7), cc.ClipByGlobalNorm(2.0)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_a_limit_bounds_the_weights_that_move_never_the_statistics_and_verify_knows_the_limited_source(policy):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    kept = contents(source)
+    result = cc.migrate(source, target, sample=SAMPLE, limit=policy)
+    assert_bitwise_equal(kept, contents(source))
+    assert any(tensor.clipped for tensor in result.tensors)
+    np.testing.assert_array_equal(target.get_layer("norm").moving_mean.numpy(), source[1].running_mean.numpy())
+    trainable = [variable.numpy() for variable in target.trainable_variables]
+    bounded, report = cc.clip(trainable, policy)
+    for first, second in zip(trainable, bounded, strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-6)
+    assert cc.verify(source, target, sample=SAMPLE, plan=result.plan).ok
+    plain = cc.Plan(result.plan.source, result.plan.target, result.plan.rows)
+    assert not cc.verify(source, target, sample=SAMPLE, plan=plain).ok
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_a_limit_on_the_difference_keeps_the_target_near_what_it_was(policy):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    before = [variable.numpy().astype(np.float64) for variable in target.trainable_variables]
+    result = cc.migrate(source, target, sample=SAMPLE, limit=cc.Delta(policy))
+    moved = [v.numpy().astype(np.float64) - old for v, old in zip(target.trainable_variables, before, strict=True)]
+    _, report = cc.clip(moved, policy)
+    if isinstance(policy, cc.ClipByValue):
+        assert max(np.abs(step).max() for step in moved) <= 0.3 * (1 + 1e-6)
+    else:
+        assert max(report.norms) <= policy.max_norm * (1 + 1e-6)
+    assert cc.verify(source, target, sample=SAMPLE, plan=result.plan).ok
+
+
+def test_a_difference_in_range_moves_the_source_bit_for_bit():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    result = cc.migrate(source, target, sample=SAMPLE, limit=cc.Delta(cc.ClipByNorm(1e6)))
+    assert not any(tensor.clipped for tensor in result.tensors)
+    np.testing.assert_array_equal(target.get_layer("head").kernel.numpy(), source[6].weight.detach().numpy().T)
+
+
+def test_a_plan_is_saved_read_and_applied_again(tmp_path):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    cc.plan(source, target, sample=SAMPLE).save(tmp_path / "first.plan.json")
+    cc.plan(source, target, sample=SAMPLE).save(tmp_path / "again.plan.json")
+    assert (tmp_path / "first.plan.json").read_bytes() == (tmp_path / "again.plan.json").read_bytes()
+    cc.migrate(source, target, plan=cc.Plan.load(tmp_path / "first.plan.json"))
+    assert cc.verify(source, target, sample=SAMPLE).ok
+
+
+@pytest.mark.parametrize("failing", [1, 3, 7])
+def test_a_write_that_fails_in_the_middle_leaves_the_target_bitwise_as_it_was(monkeypatch, failing):
+    source, target = randomised(small_keras(), 1), randomised(small_torch(), 2)
+    plan = cc.plan(source, target, sample=np.moveaxis(SAMPLE, 1, -1))
+    before = contents(target)
+    copy_, calls = torch.Tensor.copy_, []
+
+    def failing_copy(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == failing:
+            raise RuntimeError("disk on fire")
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", failing_copy)
+    with pytest.raises(cc.MigrationError, match="disk on fire.*put back"):
+        cc.migrate(source, target, plan=plan)
+    monkeypatch.undo()
+    assert len(calls) > failing
+    assert_bitwise_equal(before, contents(target))
+
+
+@pytest.mark.parametrize("failing", [1, 3, 7])
+def test_a_write_into_keras_that_fails_in_the_middle_leaves_the_target_bitwise_as_it_was(monkeypatch, failing):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    before = contents(target)
+    assign, calls = keras.Variable.assign, []
+
+    def failing_assign(self, value):
+        calls.append(self)
+        if len(calls) == failing:
+            raise RuntimeError("disk on fire")
+        return assign(self, value)
+
+    monkeypatch.setattr(keras.Variable, "assign", failing_assign)
+    with pytest.raises(cc.MigrationError, match="disk on fire.*put back"):
+        cc.migrate(source, target, plan=plan)
+    monkeypatch.undo()
+    assert len(calls) > failing
+    assert_bitwise_equal(before, contents(target))
+
+
+def test_a_nan_in_the_source_is_refused_by_name_and_nothing_is_written():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    before = contents(target)
+    with torch.no_grad():
+        source[4].weight[0, 0] = float("nan")
+    with pytest.raises(cc.InvalidInput, match=r"4\.weight.*1 elements.*NaN"):
+        cc.migrate(source, target, plan=plan)
+    assert_bitwise_equal(before, contents(target))
+
+
+def test_models_that_share_no_layer_are_refused():
+    source = nn.Sequential(nn.Linear(3, 4)).eval()
+    with pytest.raises(cc.MappingError, match=r"share no layer"):
+        cc.plan(source, small_keras(), sample=np.zeros((1, 3), np.float32))
+
+
+def test_a_sample_of_the_wrong_shape_is_refused_with_its_shape():
+    with pytest.raises(cc.InvalidInput, match=r"source.*\(2, 5, 8, 8\)"):
+        cc.plan(small_torch(), small_keras(), sample=np.zeros((2, 5, 8, 8), np.float32))
+
+
+def test_a_sample_with_a_nan_is_refused():
+    with pytest.raises(cc.InvalidInput, match="NaN"):
+        cc.plan(small_torch(), small_keras(), sample=SAMPLE * np.nan)
+
+
+def test_a_target_without_room_is_refused_and_named():
+    target = keras.Sequential([keras.Input((8, 8, 3)), *small_keras().layers[1:-1]])
+    before = contents(target)
+    with pytest.raises(cc.MappingError, match="no room.*'6'"):
+        cc.plan(randomised(small_torch(), 1), target, sample=SAMPLE)
+    assert_bitwise_equal(before, contents(target))
+
+
+def test_a_layer_of_another_width_is_refused_and_both_shapes_named():
+    source = nn.Sequential(*list(small_torch())[:-1], nn.Linear(5, 3))
+    with pytest.raises(cc.MappingError, match=r"'head'.*\(2, 5\).*\(3, 5\)"):
+        cc.plan(randomised(source.eval(), 1), small_keras(), sample=SAMPLE)
+
+
+def test_a_dtype_that_would_lose_digits_is_refused_and_one_that_keeps_them_is_converted():
+    wide = randomised(small_torch().double(), 1)
+    target = randomised(small_keras(), 2)
+    plan = cc.plan(wide, target, sample=SAMPLE)
+    before = contents(target)
+    with pytest.raises(cc.MigrationError, match="float64.*float32"):
+        cc.migrate(wide, target, plan=plan)
+    assert_bitwise_equal(before, contents(target))
+    narrow, double = randomised(small_torch(), 1), randomised(small_keras(dtype="float64"), 2)
+    cc.migrate(narrow, double, sample=SAMPLE)
+    np.testing.assert_array_equal(double.get_layer("head").bias.numpy(), narrow[6].bias.detach().numpy())
+
+
+def test_models_are_as_they_were_after_an_exception_in_the_middle():
+    class Failing(nn.Sequential):
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("no further")
+
+    source, target = randomised(small_torch(), 1), randomised(Failing(*small_torch()), 2)
+    target.train()
+    kept, before = contents(source), contents(target)
+    with pytest.raises(cc.InvalidInput, match="no further"):
+        cc.plan(source, target, sample=SAMPLE)
+    assert_bitwise_equal(kept, contents(source))
+    assert_bitwise_equal(before, contents(target))
+    assert target.training
+
+
+def test_a_plan_for_other_models_is_refused():
+    plan = cc.plan(small_torch(), small_keras(), sample=SAMPLE)
+    with pytest.raises(cc.MappingError, match="'torch'"):
+        cc.migrate(small_keras(), small_keras(), plan=plan)
+    with pytest.raises(cc.MappingError, match="does not have"):
+        cc.migrate(nn.Sequential(nn.Linear(3, 3)), small_keras(), plan=plan)
+
+
+def test_neither_a_plan_nor_a_sample_is_refused():
+    with pytest.raises(cc.InvalidInput, match="plan or a sample"):
+        cc.migrate(small_torch(), small_keras())

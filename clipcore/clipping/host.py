@@ -95,8 +95,9 @@ class HostPrimitives:
         if faults:
             tensors = [self._fill(array, np.isnan(array), 0) for array in tensors]
         bounds = kernels.norm_bounds(tensors, 2.0)
-        clamped = [self._clamped(array, low, high) for array in tensors]
-        changed = any(result is not array for result, array in zip(clamped, tensors, strict=True))
+        results = [self._clamped(array, low, high) for array in tensors]
+        clamped = [array if result is None else result for array, result in zip(tensors, results, strict=True)]
+        changed = any(result is not None for result in results)
         report = _report([bounds.value if bounds else Wide(math.inf, 0)], [_ONE], faults)
         return clamped, report._replace(clipped=changed)
 
@@ -119,11 +120,11 @@ class HostPrimitives:
         out[where] = value
         return out
 
-    def _clamped(self, array: Array, low: float, high: float) -> Array:
+    def _clamped(self, array: Array, low: float, high: float) -> Array | None:
         below, above = kernels.bound_in(low, array.dtype), kernels.bound_in(high, array.dtype)
         under, over = array < below, array > above
         if not (under.any() or over.any()):
-            return array
+            return None
         out = self._target(array)
         np.copyto(out, array)
         np.copyto(out, below, where=under)

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
-from typing import Any
-
-import pluggy
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from clipcore.backend import Backend
 from clipcore.errors import BackendError
-from clipcore.hookspecs import HookSpecs
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    import pluggy
 
 GROUP = "clipcore"
 ENVIRONMENT_VARIABLE = "CLIPCORE_BACKEND"
 
-_manager = pluggy.PluginManager("clipcore")
-_manager.add_hookspecs(HookSpecs)
 _backends: dict[str, Backend] = {}
 _names_by_root: dict[str, str] = {}
+
+
+@cache
+def _manager() -> pluggy.PluginManager:
+    # imported here, with importlib.metadata, since the two take half of the time of `import clipcore`
+    import pluggy
+
+    from clipcore.hookspecs import HookSpecs
+
+    manager = pluggy.PluginManager("clipcore")
+    manager.add_hookspecs(HookSpecs)
+    return manager
+
+
+def _entry_points() -> list[EntryPoint]:
+    from importlib import metadata
+
+    return list(metadata.entry_points(group=GROUP))
 
 
 def backends() -> list[str]:
@@ -27,7 +45,7 @@ def backends() -> list[str]:
     >>> "numpy" in backends()
     True
     """
-    return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
+    return sorted({entry.name for entry in _entry_points()})
 
 
 def get_backend(name: str | None = None) -> Backend:
@@ -41,10 +59,7 @@ def get_backend(name: str | None = None) -> Backend:
     """
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "numpy"
-    if name not in _backends:
-        _plugin(name)
-        _backends[name] = _call(name, "clipcore_backend")
-    return _backends[name]
+    return _backends[_load(name)]
 
 
 def backend_of(obj: Any) -> Backend:
@@ -57,17 +72,36 @@ def backend_of(obj: Any) -> Backend:
     >>> backend_of(np.zeros(3)).name
     'numpy'
     """
-    roots = [base.__module__.partition(".")[0] for base in type(obj).__mro__]
+    return _backends[_load_for(type(obj))]
+
+
+def _load(name: str) -> str:
+    """Make sure that the backend of that name is in `_backends`; the name again."""
+    if name not in _backends:
+        _plugin(name)
+        _backends[name] = _call(name, "clipcore_backend")
+    return name
+
+
+def _load_for(cls: type) -> str:
+    """Make sure that the backend that handles instances of `cls` is in `_backends`; its name."""
+    roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
     for root in roots:
         if root in _names_by_root:
-            return get_backend(_names_by_root[root])
+            return _load(_names_by_root[root])
     broken = _index_roots(set(roots))
     for root in roots:
         if root in _names_by_root:
-            return get_backend(_names_by_root[root])
-    place = f"{type(obj).__module__}.{type(obj).__qualname__}"
+            return _load(_names_by_root[root])
+    place = f"{cls.__module__}.{cls.__qualname__}"
     known = f"(installed: {', '.join(backends())})"
     raise BackendError("; ".join([f"no installed backend handles objects of type {place} {known}", *broken]))
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile calls these as it traces, and does not trace them, so
+# that a backend may be first asked for inside a compiled function. They return names because it takes no objects.
+for _function in (_load, _load_for):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _index_roots(wanted: set[str]) -> list[str]:
@@ -89,11 +123,10 @@ def _index_roots(wanted: set[str]) -> list[str]:
 
 def _plugin(name: str) -> object:
     """Import the plugin of that name, once."""
-    if (plugin := _manager.get_plugin(name)) is not None:
+    if (plugin := _manager().get_plugin(name)) is not None:
         return plugin
     entries = {
-        (entry.value, entry.dist.name if entry.dist else "?"): entry
-        for entry in metadata.entry_points(group=GROUP, name=name)
+        (entry.value, entry.dist.name if entry.dist else "?"): entry for entry in _entry_points() if entry.name == name
     }
     if not entries:
         raise BackendError(
@@ -107,15 +140,15 @@ def _plugin(name: str) -> object:
         plugin = entry.load()
     except Exception as err:
         raise _broken(name, dist, err) from err
-    _manager.register(plugin, name)
+    _manager().register(plugin, name)
     return plugin
 
 
 def _call(name: str, hook: str) -> Any:
     """One plugin's answer to one hook."""
-    others = [plugin for other, plugin in _manager.list_name_plugin() if other != name]
+    others = [plugin for other, plugin in _manager().list_name_plugin() if other != name]
     try:
-        answers = _manager.subset_hook_caller(hook, others)()
+        answers = _manager().subset_hook_caller(hook, others)()
     except Exception as err:
         raise _broken(name, name, err) from err
     if not answers:

@@ -1,0 +1,3 @@
+"""clipcore on TensorFlow and Keras 3; `clipcore.get_backend("tensorflow")` obtains it."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,175 @@
+"""A model's tensors by name: read, written all or nothing, loaded from a file, copied in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from clipcore.errors import InvalidInput
+from clipcore_tensorflow._layers import check_keras, describe
+from clipcore_tensorflow._tensors import Array, dtype_name, is_variable, tf_variable, to_array
+
+_FILES = (".weights.h5", ".keras")
+
+
+class Running:
+    """The tables of models that run just now, so that a watcher's reads and writes do not walk the model each time."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, dict[str, tf.Variable]] = {}
+        self.written: set[int] = set()
+
+    @contextmanager
+    def remember(self, model: Any) -> Iterator[None]:
+        self._tables[id(model)] = _table(model)
+        try:
+            yield
+        finally:
+            self._tables.pop(id(model), None)
+            self.written.clear()
+
+    def table(self, model: Any) -> dict[str, tf.Variable]:
+        return self._tables[id(model)] if id(model) in self._tables else _table(model)
+
+
+def _table(model: Any) -> dict[str, tf.Variable]:
+    """The variables of a model by the names of its tensors."""
+    return {
+        tensor.name: listed.variables[role]
+        for listed in describe(model)
+        for role, tensor in listed.layer.tensors.items()
+    }
+
+
+def is_model(obj: Any) -> bool:
+    """Whether `obj` is a Keras model or layer, or a tf.Module."""
+    return isinstance(obj, keras.layers.Layer | tf.Module)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model with InvalidInput."""
+    if not is_model(model):
+        raise InvalidInput(f"{model!r:.60} of type {type(model).__name__} is no keras.Model, keras.Layer or tf.Module")
+    if isinstance(model, keras.layers.Layer):
+        check_keras()
+
+
+def read(table: Mapping[str, tf.Variable], names: Sequence[str]) -> dict[str, Array]:
+    """See `clipcore.backend.ModelBackend.read`."""
+    _check_names(table, names)
+    return {name: to_array(table[name]) for name in names}
+
+
+def write(table: Mapping[str, tf.Variable], values: Mapping[str, Array]) -> list[tf.Variable]:
+    """See `clipcore.backend.ModelBackend.write`; the variables that were written."""
+    _check_names(table, values)
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    for name, array in arrays.items():
+        variable = table[name]
+        if array.shape != tuple(variable.shape):
+            raise InvalidInput(
+                f"tensor {name!r}: the array has shape {array.shape}, the variable {tuple(variable.shape)}; "
+                f"nothing was written: bring the array into the stored layout"
+            )
+        if array.dtype.name != dtype_name(variable):
+            raise InvalidInput(
+                f"tensor {name!r}: the array is {array.dtype.name}, the variable {dtype_name(variable)}; "
+                f"nothing was written: convert it with .astype"
+            )
+    for name, array in arrays.items():
+        table[name].assign(array)  # copies: the array stays the caller's
+    return [table[name] for name in arrays]
+
+
+def _check_names(table: Mapping[str, tf.Variable], names: Sequence[str] | Mapping[str, Any]) -> None:
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise InvalidInput(
+            f"the model has no tensor {unknown[0]!r}; it has {len(table)}: {', '.join(list(table)[:8])}"
+            f"{' …' if len(table) > 8 else ''}"
+        )
+
+
+def weights(model_or_params: Any) -> list[Any]:
+    """See `clipcore.backend.Backend.weights`."""
+    if is_model(model_or_params):
+        check_model(model_or_params)
+        if isinstance(model_or_params, keras.layers.Layer):
+            describe(model_or_params)  # refuses a model without weights
+        found = list(model_or_params.trainable_variables)
+    else:
+        found = [model_or_params] if is_variable(model_or_params) else list(model_or_params)
+        for variable in found:
+            if not is_variable(variable):
+                raise InvalidInput(f"{variable!r:.60} of type {type(variable).__name__} is no variable, nor a model")
+    unique = {id(tf_variable(variable)): variable for variable in found if variable.trainable}
+    if not unique:
+        raise InvalidInput(f"{model_or_params!r:.60} has no trainable variables; build the model, or call it once")
+    return list(unique.values())
+
+
+def load_model(factory: Any, path: str | None) -> Any:
+    """See `clipcore.backend.ModelBackend.load_model`; `factory` may be a model already."""
+    model = factory if is_model(factory) else factory()
+    check_model(model)
+    if path is None:
+        return model
+    if not isinstance(model, keras.Model):
+        raise InvalidInput(
+            f"{type(model).__name__} is no keras.Model, and weight files are Keras's; restore it yourself"
+        )
+    if not str(path).endswith(_FILES):
+        raise InvalidInput(f"weight file {str(path)!r} has another format; expected one of {', '.join(_FILES)}")
+    if not os.path.exists(path):
+        raise InvalidInput(f"weight file {str(path)!r} does not exist")
+    try:
+        model.load_weights(path)
+    except (ValueError, OSError, KeyError) as err:
+        raise InvalidInput(f"weight file {str(path)!r} does not fit model {model.name!r}: {err}") from err
+    return model
+
+
+def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
+    """See `clipcore.backend.TracingBackend.input_shapes`: what functional and Sequential models declare."""
+    inputs = getattr(model, "inputs", None) if isinstance(model, keras.Model) else None
+    return [tuple(tensor.shape) for tensor in keras.tree.flatten(inputs)] if inputs else None
+
+
+def double(model: Any) -> Any | None:
+    """A float64 copy of a functional or Sequential model; None of any other, or where a layer cannot be copied so."""
+    if input_shapes(model) is None:
+        return None
+    try:
+        copy = keras.models.clone_model(model, clone_function=_double_layer)
+        pairs = list(zip(model.weights, copy.weights, strict=True))
+        if any(new.shape != old.shape or not _widened(old, new) for old, new in pairs):
+            return None
+        for old, new in pairs:
+            new.assign(to_array(old).astype(dtype_name(new)))
+    except Exception:  # whatever a custom layer raises, it has no float64 form
+        return None
+    return copy
+
+
+def _double_layer(layer: Any) -> Any:
+    config = layer.get_config()
+    if "layers" in config:  # a model inside the model
+        inner = double(layer)
+        if inner is None:
+            raise InvalidInput(f"layer {layer.name!r} cannot be copied in float64")
+        return inner
+    if isinstance(layer, keras.layers.InputLayer):
+        config["dtype"] = "float64" if tf.as_dtype(layer.dtype).is_floating else layer.dtype
+    else:
+        config["dtype"] = "float64"
+    return type(layer).from_config(config)
+
+
+def _widened(old: Any, new: Any) -> bool:
+    return dtype_name(new) == ("float64" if tf.as_dtype(old.dtype).is_floating else dtype_name(old))

@@ -1,0 +1,135 @@
+"""Tensors and their memory: recognised, shown as NumPy arrays without a copy, and made of arrays again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# There is no public way to ask whether a tf.GradientTape records a tensor.
+from tensorflow.python.eager import record
+
+from clipcore.clipping.kernels import round_once
+from clipcore.errors import InvalidInput
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_ALIGNMENT = 64  # bytes; the process aborts where TensorFlow takes memory that is aligned to less
+
+
+def is_variable(obj: Any) -> bool:
+    """Whether `obj` is a variable of TensorFlow, or of Keras on TensorFlow."""
+    return isinstance(obj, tf.Variable) or _is_keras_variable(obj)
+
+
+def is_tensor(obj: Any) -> bool:
+    """Whether `obj` is a dense or sparse tensor, eager or symbolic, or a variable; a KerasTensor holds no values."""
+    return isinstance(obj, tf.Tensor | tf.IndexedSlices | tf.Variable) or _is_keras_variable(obj)
+
+
+def _is_keras_variable(obj: Any) -> bool:
+    return isinstance(obj, keras.Variable) and isinstance(tf_variable(obj), tf.Variable)
+
+
+def tf_variable(variable: Any) -> Any:
+    """The tf.Variable under a Keras variable, or the tf.Variable itself."""
+    if not isinstance(variable, keras.Variable):
+        return variable
+    # `.value` casts to the compute dtype while a layer of mixed precision runs
+    return variable.value if getattr(variable, "_value", None) is None else variable._value
+
+
+def dtype_name(tensor: Any) -> str:
+    """NumPy's name of the dtype of a tensor or variable."""
+    return str(tf.as_dtype(tensor.dtype).name)
+
+
+def to_array(tensor: Any) -> Array:
+    """An eager dense tensor or variable as an array: its own memory on a CPU, a copy from a device."""
+    tensor = tf_variable(tensor)
+    tensor = tensor.value() if isinstance(tensor, tf.Variable) else tensor
+    array: Array = np.asarray(tensor) if _on_cpu(tensor) else tensor.numpy()
+    return array
+
+
+def to_host(tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | None:
+    """See `clipcore.backend.Backend.to_host`."""
+    if writable:
+        for tensor in tensors:
+            check_assignable(tensor)
+        return None  # a variable's memory is TensorFlow's to write
+    if not tf.executing_eagerly():
+        return None
+    dense = [part for tensor in tensors for part in _dense_parts(tensor)]
+    if not all(_on_cpu(part) for part in dense) or record.should_record_backprop(dense):
+        return None
+    return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else np.asarray(t) for t in _values(tensors)]
+
+
+def check_assignable(tensor: Any) -> None:
+    """Refuse what is no variable with InvalidInput."""
+    if not is_variable(tensor):
+        raise InvalidInput(f"a {type(tensor).__name__} cannot be changed in place: tf.Tensor is immutable; use cc.clip")
+
+
+def from_host(array: Array, like: Any) -> Any:
+    """See `clipcore.backend.Backend.from_host`; for a variable, a tensor that it can be assigned."""
+    if isinstance(like, tf.IndexedSlices):
+        indices, inverse = _unique(like)
+        kept = like.indices if inverse is None else tf.constant(indices)
+        return tf.IndexedSlices(to_tensor(array), kept, like.dense_shape)
+    return to_tensor(array)
+
+
+def to_tensor(array: Array) -> tf.Tensor:
+    """An eager CPU tensor that takes the array's memory as its own where it can, else a copy."""
+    takes_memory = array.size and array.ctypes.data % _ALIGNMENT == 0
+    if not (takes_memory and array.flags.c_contiguous and array.flags.writeable):
+        with tf.device("CPU"):
+            return tf.constant(array)
+    if array.dtype.name == "bfloat16":  # unknown to NumPy's dlpack
+        with tf.device("CPU"):
+            return tf.bitcast(to_tensor(array.view(np.uint16)), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def _values(tensors: Sequence[Any]) -> list[Any]:
+    """Variables replaced by their values, which share their memory."""
+    plain = [tf_variable(tensor) for tensor in tensors]
+    return [tensor.value() if isinstance(tensor, tf.Variable) else tensor for tensor in plain]
+
+
+def _dense_parts(tensor: Any) -> list[Any]:
+    if isinstance(tensor, tf.IndexedSlices):
+        return [tensor.values, tensor.indices]
+    return [] if is_variable(tensor) and _on_cpu(tf_variable(tensor)) else [tf_variable(tensor)]
+
+
+def _on_cpu(tensor: Any) -> bool:
+    """Whether the values are there, and in the memory of the CPU."""
+    if isinstance(tensor, tf.Variable):
+        return "CPU" in tensor.device
+    return not tf.is_symbolic_tensor(tensor) and "CPU" in tensor.backing_device
+
+
+def _unique(slices: tf.IndexedSlices) -> tuple[Array, Array | None]:
+    """The sorted indices without duplicates, and where each row goes; None where there are no duplicates."""
+    indices = np.asarray(slices.indices)
+    unique, inverse = np.unique(indices, return_inverse=True)
+    return unique, inverse.reshape(-1) if unique.size < indices.size else None
+
+
+def _coalesced(slices: tf.IndexedSlices) -> Array:
+    """The values, those of one index summed in float64 and rounded once."""
+    values = np.asarray(slices.values)
+    unique, inverse = _unique(slices)
+    if inverse is None:
+        return values
+    wide = np.complex128 if values.dtype.kind == "c" else np.float64
+    total = np.zeros((unique.size, *values.shape[1:]), wide)
+    with np.errstate(all="ignore"):
+        np.add.at(total, inverse, values.astype(wide))
+        return total.astype(values.dtype) if values.dtype.kind == "c" else round_once(total, values.dtype)

@@ -1,0 +1,81 @@
+"""The backend of TensorFlow and Keras 3: each method hands over to the module that has the idea."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from clipcore.backend import Layer, Watcher
+from clipcore.errors import InvalidInput
+from clipcore_tensorflow import _layers, _models, _tensors, _tracing
+from clipcore_tensorflow._tensors import Array
+
+
+class TensorFlowBackend:
+    """All tiers of `clipcore.backend` for tf.Tensor, tf.IndexedSlices, variables, Keras 3 models and tf.Module."""
+
+    name = "tensorflow"
+
+    def __init__(self) -> None:
+        self._running = _models.Running()
+
+    @property
+    def channels(self) -> str:
+        """Either "last" or "first": what `keras.config.image_data_format` says."""
+        return str(keras.config.image_data_format()).removeprefix("channels_")
+
+    def is_tensor(self, obj: Any) -> bool:
+        return _tensors.is_tensor(obj)
+
+    def is_parameter(self, tensor: Any) -> bool:
+        return False
+
+    def dtype_name(self, tensor: Any) -> str:
+        return _tensors.dtype_name(tensor)
+
+    def to_host(self, tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | None:
+        return _tensors.to_host(tensors, writable=writable)
+
+    def from_host(self, array: Array, like: Any) -> Any:
+        return _tensors.from_host(array, like)
+
+    def assign_(self, tensor: Any, value: Any) -> None:
+        _tensors.check_assignable(tensor)
+        _tensors.tf_variable(tensor).assign(value)
+
+    def gradients(self, model_or_params: Any) -> list[Any]:
+        raise InvalidInput("TensorFlow keeps no gradients beside variables; use cc.clip(grads, policy)")
+
+    def weights(self, model_or_params: Any) -> list[Any]:
+        return _models.weights(model_or_params)
+
+    def is_model(self, obj: Any) -> bool:
+        return _models.is_model(obj)
+
+    def load_model(self, factory: Any, weights: str | None) -> Any:
+        return _models.load_model(factory, weights)
+
+    def layers(self, model: Any) -> list[Layer]:
+        _models.check_model(model)
+        return [listed.layer for listed in _layers.describe(model)]
+
+    def read(self, model: Any, names: Sequence[str]) -> dict[str, Array]:
+        _models.check_model(model)
+        return _models.read(self._running.table(model), names)
+
+    def write(self, model: Any, values: Mapping[str, Array]) -> None:
+        _models.check_model(model)
+        written = _models.write(self._running.table(model), values)
+        self._running.written.update(map(id, written))
+
+    def run(self, model: Any, sample: Any, watcher: Watcher | None = None) -> Any:
+        _models.check_model(model)
+        return _tracing.run(model, sample, watcher, self._running)
+
+    def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
+        return _models.input_shapes(model)
+
+    def double(self, model: Any) -> Any | None:
+        return _models.double(model)

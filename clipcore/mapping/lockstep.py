@@ -40,9 +40,14 @@ class Contradiction(Exception):
 
 
 def signature(layer: Layer) -> tuple[Any, ...]:
-    """What two layers must have in common to be matched: kind, and the canonical shapes of the tensors it must have."""
+    """What two layers must have in common to be matched: kind, and the canonical shapes of the tensors it must have.
+
+    Of a kind that may lack any of its tensors (layer norm), the number of elements of those that it has.
+    """
     kind = KINDS.get(layer.kind)
     needed = [role for role in layer.tensors if kind is None or role not in kind.optional]
+    if not needed:
+        return layer.kind, *{math.prod(tensor.shape) for tensor in layer.tensors.values()}
     return layer.kind, *((role, canonical_shape(layer, role)) for role in sorted(needed))
 
 

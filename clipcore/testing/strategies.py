@@ -1,0 +1,302 @@
+"""Hypothesis strategies: what gradients, policies and layers can be, the odd ones included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from clipcore.backend import NonFiniteMode
+from clipcore.clipping import reference
+from clipcore.clipping.policies import ClipByGlobalNorm, ClipByNorm, ClipByValue
+from clipcore.mapping.kinds import KINDS
+from clipcore.mapping.reference import ACTIVATIONS, Array
+from clipcore.structure import leaves
+
+REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPLEX_DTYPES = ("complex64", "complex128")
+DTYPES = REAL_DTYPES + COMPLEX_DTYPES
+_finfo: Any = ml_dtypes.finfo
+_PARTS = {"complex64": "float32", "complex128": "float64"}
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A floating format by the bits of some of its numbers, without the sign."""
+
+    width: int
+    mantissa: int
+    one: int
+    infinity: int
+
+    @classmethod
+    def of(cls, dtype: str) -> _Format:
+        info = _finfo(np.dtype(dtype))
+        exponents = (1 << (info.bits - 1 - info.nmant)) - 1
+        return cls(info.bits, info.nmant, (exponents >> 1) << info.nmant, exponents << info.nmant)
+
+
+def dtypes(*, complex_allowed: bool = True) -> st.SearchStrategy[str]:
+    """NumPy's names of the dtypes that can be clipped."""
+    return st.sampled_from(DTYPES if complex_allowed else REAL_DTYPES)
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes of 0 to 3 axes, lengths of 0 included, and longer vectors."""
+    return hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3) | st.tuples(st.integers(4, 40))
+
+
+@st.composite
+def arrays(
+    draw: st.DrawFn, dtype: st.SearchStrategy[str] | None = None, *, nonfinite: bool = False, strided: bool = True
+) -> Array:
+    """Floating and complex arrays: any magnitudes, subnormal ones and those near overflow included.
+
+    Args:
+        draw: hypothesis's own.
+        dtype: their dtypes; any by default.
+        nonfinite: whether some elements may be inf or NaN.
+        strided: whether the array may be a view that is not contiguous.
+    """
+    name = draw(dtypes() if dtype is None else dtype)
+    shape = draw(shapes())
+    part = _PARTS.get(name, name)
+    pattern_shape = (*shape, 2) if name in _PARTS else shape
+    patterns = draw(_patterns(_Format.of(part), pattern_shape, nonfinite))
+    array: Array = patterns.view(part)
+    if name in _PARTS:
+        array = array.view(name)[..., 0]
+    array = np.ascontiguousarray(array).reshape(shape)
+    return _as_view(array, draw(st.sampled_from(["contiguous", "every other", "transposed"]))) if strided else array
+
+
+@st.composite
+def _patterns(draw: st.DrawFn, form: _Format, shape: tuple[int, ...], nonfinite: bool) -> Array:
+    """Bits of numbers: all over the range, all of one magnitude, or those that people write."""
+    one, ulp, top = form.one, 1 << form.mantissa, form.infinity - 1
+    exponent = draw(st.integers(0, (form.infinity >> form.mantissa) - 1)) << form.mantissa
+    special = st.sampled_from([0, 1, ulp - 1, ulp, one - 1, one, one + 1, one + ulp, top - 1, top])
+    choices = [
+        st.integers(0, top) | special,
+        st.integers(exponent, exponent + ulp - 1),
+        st.sampled_from([0, one, one + ulp, one + ulp + ulp // 2, one + 2 * ulp]),  # 0, 1, 2, 3, 4
+    ]
+    magnitude = choices[draw(st.integers(0, len(choices) - 1))]
+    if nonfinite:
+        magnitude = magnitude | st.sampled_from([form.infinity, form.infinity + ulp // 2])
+    sign = 1 << (form.width - 1)
+    elements = st.builds(int.__or__, magnitude, st.sampled_from([0, sign]))
+    return draw(hnp.arrays(np.dtype(f"u{form.width // 8}"), shape, elements=elements, fill=st.nothing()))
+
+
+def _as_view(array: Array, how: str) -> Array:
+    if how == "contiguous" or array.ndim == 0:
+        return array
+    if how == "transposed":
+        return np.ascontiguousarray(array.T).T
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+def lists_of(tensors: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+    """Lists of one to four tensors."""
+    return st.lists(tensors, min_size=1, max_size=4)
+
+
+def structures(tensors: st.SearchStrategy[Any], *, max_leaves: int = 4) -> st.SearchStrategy[Any]:
+    """Lists, tuples and dicts of tensors and `None`, nested."""
+
+    def nest(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        lists = st.lists(children, max_size=3)
+        return lists | lists.map(tuple) | st.dictionaries(st.sampled_from(["a", "w", "layer.1", "é"]), children)
+
+    return st.recursive(tensors | st.none(), nest, max_leaves=max_leaves)
+
+
+def norm_orders(dtypes: Sequence[str] = ()) -> st.SearchStrategy[float]:
+    """The p of p-norms: 1, 2, inf, and those between; for `dtypes` of float64 only the ones that are exact."""
+    exact = st.sampled_from([2.0, 1.0, math.inf])
+    if {"float64", "complex128"} & set(dtypes):
+        return exact
+    return exact | st.floats(1.0, 12.0) | st.sampled_from([1.0 + 2**-52, 1e5, 1e300])
+
+
+@st.composite
+def limits(draw: st.DrawFn, tensors: Sequence[Array], p: float) -> float:
+    """A max_norm for these tensors: far below their norm, just at it, above it, 0, inf, or anything."""
+    _, norm = reference.clip_by_global_norm(tensors, math.inf, p, nonfinite="zero")
+    if not 0 < norm < math.inf or draw(st.integers(0, 4)) == 0:
+        return draw(st.sampled_from([0.0, math.inf]) | st.floats(min_value=0.0, allow_nan=False))
+    near = st.sampled_from([norm, math.nextafter(norm, 0.0), math.nextafter(norm, math.inf)])
+    return draw(near | st.floats(0.0, 1.0, exclude_max=True).map(lambda part: norm * part) | st.just(norm / 2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Gradients, nested and as a flat list, and a policy for them."""
+
+    grads: Any
+    tensors: list[Array]
+    policy: Any
+
+
+@st.composite
+def norm_cases(
+    draw: st.DrawFn,
+    *,
+    policies: Sequence[type[ClipByNorm] | type[ClipByGlobalNorm]] = (ClipByNorm, ClipByGlobalNorm),
+    grads: st.SearchStrategy[Any] | None = None,
+    exact: bool = False,
+    nonfinite: NonFiniteMode = "propagate",
+) -> Case:
+    """Gradients and a policy that bounds their norm; with `exact`, one whose every bit the contract fixes."""
+    tree = draw(lists_of(arrays()) if grads is None else grads)
+    tensors = [leaf for _, leaf in leaves(tree)]
+    p = draw(norm_orders([t.dtype.name for t in tensors] if exact else []))
+    max_norm = draw(limits(tensors, p))
+    return Case(tree, tensors, draw(st.sampled_from(policies))(max_norm, p=p, nonfinite=nonfinite))
+
+
+@st.composite
+def value_policies(draw: st.DrawFn, nonfinite: NonFiniteMode = "propagate") -> ClipByValue:
+    """ClipByValue with any range: empty to unbounded, beyond what a dtype holds, signed zeros, subnormal."""
+    usual = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0, 1e-45, 1e5, -1e5, 3.5e38, 1e300, math.inf, -math.inf])
+    bounds = sorted(draw(st.tuples(*[usual | st.floats(allow_nan=False)] * 2)))
+    return ClipByValue(*bounds, nonfinite=nonfinite)
+
+
+@st.composite
+def value_cases(
+    draw: st.DrawFn, grads: st.SearchStrategy[Any] | None = None, nonfinite: NonFiniteMode = "propagate"
+) -> Case:
+    """Real gradients, infinities included, and a ClipByValue policy."""
+
+    def without_nan(array: Array) -> Array:
+        array[np.isnan(array)] = 1
+        return array
+
+    real = arrays(dtypes(complex_allowed=False), nonfinite=True).map(without_nan)
+    tree = draw(lists_of(real) if grads is None else grads)
+    return Case(tree, [leaf for _, leaf in leaves(tree)], draw(value_policies(nonfinite=nonfinite)))
+
+
+@dataclass(frozen=True)
+class LayerConfiguration:
+    """One layer: canonical settings, canonical shapes of its tensors by role, and the shape of data for it.
+
+    `input_shape` has the channel axis first; `seed` is what weights and data are drawn from.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    input_shape: tuple[int, ...]
+    seed: int = 0
+
+    def weights(self) -> dict[str, Array]:
+        """Random canonical tensors in float32, nothing left at 0 or 1; variances are positive."""
+        rng = np.random.default_rng(self.seed)
+        return {
+            role: rng.uniform(0.5, 2.0, shape).astype(np.float32)
+            if role == "running_var"
+            else rng.standard_normal(shape).astype(np.float32)
+            for role, shape in self.shapes.items()
+        }
+
+    def data(self) -> Array:
+        """Random input: float32, or the integers that an embedding takes."""
+        rng = np.random.default_rng([self.seed, 1])
+        if self.kind == "embedding":
+            return rng.integers(0, self.shapes["kernel"][0], self.input_shape)
+        return rng.standard_normal(self.input_shape).astype(np.float32)
+
+
+def layer_configurations(kind: str) -> st.SearchStrategy[LayerConfiguration]:
+    """Layers of a kind of `clipcore.mapping.kinds`, with every setting that it has."""
+    return _CONFIGURATIONS[kind]()
+
+
+_small = st.integers(1, 5)
+_seeds = st.integers(0, 2**32 - 1)
+
+
+def _activations() -> st.SearchStrategy[str | None]:
+    return st.none() | st.sampled_from(sorted(ACTIVATIONS))
+
+
+def _some(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:
+    """The shapes, where each role that a layer may lack is there or not."""
+    return {role: s for role, s in shapes.items() if role not in KINDS[kind].optional or draw(st.booleans())}
+
+
+@st.composite
+def _linear(draw: st.DrawFn) -> LayerConfiguration:
+    ins, outs = draw(_small), draw(_small)
+    given = _some(draw, {"kernel": (outs, ins), "bias": (outs,)}, "linear")
+    return LayerConfiguration("linear", {"activation": draw(_activations())}, given, (3, ins), draw(_seeds))
+
+
+@st.composite
+def _conv(draw: st.DrawFn) -> LayerConfiguration:
+    axes, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    outs, ins = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    window = draw(st.tuples(*[st.integers(1, 3)] * axes))
+    stride = draw(st.just((1,) * axes) | st.just((2,) * axes) | st.tuples(*[st.integers(1, 3)] * axes))
+    dilation = draw(st.just((1,) * axes) | st.just((2,) * axes) | st.tuples(*[st.integers(1, 2)] * axes))
+    settings = {
+        "stride": stride,
+        "padding": draw(_paddings(window, stride, dilation)),
+        "padding_mode": "zeros",
+        "dilation": dilation,
+        "groups": groups,
+        "activation": draw(_activations()),
+    }
+    given = _some(draw, {"kernel": (groups, outs, ins, *window), "bias": (groups * outs,)}, "conv")
+    sizes = [(k - 1) * d + 1 + draw(st.integers(0, 5)) for k, d in zip(window, dilation, strict=True)]
+    return LayerConfiguration("conv", settings, given, (2, groups * ins, *sizes), draw(_seeds))
+
+
+def _paddings(window: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> st.SearchStrategy[Any]:
+    """None, what keeps the size, and pairs: equal ones and others."""
+    totals = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
+    keeping: Any = tuple((total // 2, total - total // 2) for total in totals) if max(stride) == 1 else "same"
+    pair = st.integers(0, 2).map(lambda n: (n, n)) | st.tuples(st.integers(0, 2), st.integers(0, 2))
+    return st.just(((0, 0),) * len(window)) | st.just(keeping) | st.tuples(*[pair] * len(window))
+
+
+@st.composite
+def _batch_norm(draw: st.DrawFn) -> LayerConfiguration:
+    channels = draw(_small)
+    roles = ("scale", "bias", "running_mean", "running_var")
+    given = _some(draw, dict.fromkeys(roles, (channels,)), "batch_norm")
+    settings = {"eps": draw(st.floats(1e-5, 0.5)), "momentum": draw(st.floats(0.01, 0.5))}
+    sizes = draw(st.tuples(_small, _small))
+    return LayerConfiguration("batch_norm", settings, given, (2, channels, *sizes), draw(_seeds))
+
+
+@st.composite
+def _layer_norm(draw: st.DrawFn) -> LayerConfiguration:
+    # with one number alone nothing is left but the bias
+    normalised = draw(st.tuples(st.integers(2, 6)) | st.tuples(st.integers(2, 4), st.integers(2, 4)))
+    settings = {"eps": draw(st.floats(1e-5, 0.5))}
+    given = _some(draw, dict.fromkeys(("scale", "bias"), normalised), "layer_norm") or {"scale": normalised}
+    return LayerConfiguration("layer_norm", settings, given, (2, 3, *normalised), draw(_seeds))
+
+
+@st.composite
+def _embedding(draw: st.DrawFn) -> LayerConfiguration:
+    return LayerConfiguration("embedding", {}, {"kernel": (draw(_small), draw(_small))}, (2, 3), draw(_seeds))
+
+
+_CONFIGURATIONS = {
+    "linear": _linear,
+    "conv": _conv,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "embedding": _embedding,
+}

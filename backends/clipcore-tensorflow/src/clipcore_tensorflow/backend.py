@@ -7,10 +7,17 @@ from typing import Any
 
 import keras
 
-from clipcore.backend import Layer, Watcher
+from clipcore.backend import Layer, Primitives, Watcher
+from clipcore.clipping import api
 from clipcore.errors import InvalidInput
 from clipcore_tensorflow import _layers, _models, _tensors, _tracing
+from clipcore_tensorflow._primitives import TensorFlowPrimitives
 from clipcore_tensorflow._tensors import Array
+
+# AutoGraph would translate clipcore itself where a tf.function calls it: slowly, and with errors of another class. This
+# mark, which tf.autograph.experimental.do_not_convert sets as well, makes it call these functions as they are.
+for _verb in (api.clip, api.clip_, api.limit_):
+    vars(_verb).setdefault("autograph_info__", {})
 
 
 class TensorFlowBackend:
@@ -40,6 +47,9 @@ class TensorFlowBackend:
 
     def from_host(self, array: Array, like: Any) -> Any:
         return _tensors.from_host(array, like)
+
+    def primitives(self) -> Primitives:
+        return TensorFlowPrimitives()
 
     def assign_(self, tensor: Any, value: Any) -> None:
         _tensors.check_assignable(tensor)

@@ -146,7 +146,8 @@ def double(model: Any) -> Any | None:
     if input_shapes(model) is None:
         return None
     try:
-        copy = keras.models.clone_model(model, clone_function=_double_layer)
+        inputs = keras.tree.map_structure(_double_input, model.input)
+        copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=_double_layer)
         pairs = list(zip(model.weights, copy.weights, strict=True))
         if any(new.shape != old.shape or not _widened(old, new) for old, new in pairs):
             return None
@@ -164,11 +165,13 @@ def _double_layer(layer: Any) -> Any:
         if inner is None:
             raise InvalidInput(f"layer {layer.name!r} cannot be copied in float64")
         return inner
-    if isinstance(layer, keras.layers.InputLayer):
-        config["dtype"] = "float64" if tf.as_dtype(layer.dtype).is_floating else layer.dtype
-    else:
-        config["dtype"] = "float64"
+    config["dtype"] = "float64"
     return type(layer).from_config(config)
+
+
+def _double_input(tensor: Any) -> Any:
+    dtype = "float64" if tf.as_dtype(tensor.dtype).is_floating else tensor.dtype
+    return keras.Input(batch_shape=tensor.shape, dtype=dtype, name=tensor.name)
 
 
 def _widened(old: Any, new: Any) -> bool:

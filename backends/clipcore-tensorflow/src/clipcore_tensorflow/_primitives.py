@@ -8,7 +8,7 @@ is widened at a time. TensorFlow's CPU threads flush subnormal numbers to zero, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -89,13 +89,14 @@ class TensorFlowPrimitives:
     def apply(self, tensors: Sequence[Any], scale: _Scale) -> list[Any]:
         if not tensors:
             return []
+        factors = {dtype: _factors(scale, dtype) for dtype in {_multiply_dtype(_values(t)) for t in tensors}}
         ordinary = scale.exponent >= -min(_FIRST.values())
 
         def scaled() -> list[Any]:
             return _choose(
                 ~ordinary,
-                lambda: [_map(lambda x: _scaled(x, scale, steps=3), tensor) for tensor in tensors],
-                lambda: [_map(lambda x: _scaled(x, scale, steps=1), tensor) for tensor in tensors],
+                lambda: [_map(lambda x: _scaled(x, factors, steps=3), tensor) for tensor in tensors],
+                lambda: [_map(lambda x: _scaled(x, factors, steps=1), tensor) for tensor in tensors],
             )
 
         return _choose(scale.acts, scaled, lambda: list(tensors))
@@ -209,38 +210,33 @@ def _norm(tensors: Sequence[Any], p: float) -> tuple[tf.Tensor, tf.Tensor]:
     if p == 2 and not any(x.dtype in (tf.float64, tf.complex128) for x in tensors):
         parts = [part for x in tensors for part in _reals(x)]
         return _split(tf.sqrt(tf.add_n([_sum(part, tf.square) for part in parts])))
-    # relative to the largest magnitude nothing overflows, and what underflows does not count
+    # relative to the largest element nothing overflows, and what underflows does not count
     peak = tf.reduce_max(tf.stack([_peak(x) for x in tensors]))
-    top, exponent = _split(tf.where(tf.math.is_finite(peak) & (peak > 0), peak, tf.ones_like(peak)))
-    if p == math.inf and not any(x.dtype.is_complex for x in tensors):
-        ratio = peak / _times_power(tf.ones_like(peak), exponent)
-    else:
-        unit = top if p not in (1, 2) else tf.ones_like(top)  # (1/2)**p could underflow, 1**p cannot
-        ratio = unit * _power_norm(tensors, p, exponent, unit)
+    _, exponent = _split(tf.where(tf.math.is_finite(peak) & (peak > 0), peak, tf.ones_like(peak)))
     # an inf or NaN is the norm itself
-    ratio = tf.where(tf.math.is_finite(peak), ratio, peak)
-    mantissa, shift = _split(ratio)
+    mantissa, shift = _split(tf.where(tf.math.is_finite(peak), _power_norm(tensors, p, exponent), peak))
     return mantissa, exponent + shift
 
 
-def _power_norm(tensors: Sequence[tf.Tensor], p: float, exponent: tf.Tensor, unit: tf.Tensor) -> tf.Tensor:
-    """The p-norm of the tensors divided by unit * 2**exponent."""
-
-    def relative(part: tf.Tensor) -> tf.Tensor:
-        return tf.abs(_times_power(tf.cast(part, tf.float64), -exponent)) / unit
+def _power_norm(tensors: Sequence[tf.Tensor], p: float, exponent: tf.Tensor) -> tf.Tensor:
+    """The p-norm of the tensors divided by 2**exponent, which is close to their largest magnitude."""
 
     def magnitudes(x: tf.Tensor) -> tf.Tensor:
-        real, *imaginary = (relative(part) for part in _reals(x))
+        real, *imaginary = (tf.abs(_times_power(tf.cast(part, tf.float64), -exponent)) for part in _reals(x))
         return tf.sqrt(real * real + imaginary[0] * imaginary[0]) if imaginary else real
 
+    if p in (1, 2):
+        return _power_of(tf.add_n([_sum(x, lambda part: _power_of(magnitudes(part), p)) for x in tensors]), 1 / p)
+    largest = tf.reduce_max(tf.stack([tf.reduce_max(magnitudes(x)) for x in tensors]))
     if p == math.inf:
-        return tf.reduce_max(tf.stack([tf.reduce_max(magnitudes(x)) for x in tensors]))
-    total = tf.add_n([_sum(x, lambda part: _power_of(magnitudes(part), p)) for x in tensors])
-    return tf.sqrt(total) if p == 2 else total ** (1 / p)
+        return largest
+    # divided by the largest itself, since (1/2)**p and sqrt(2)**p may leave the range
+    unit = tf.where(largest > 0, largest, tf.ones_like(largest))
+    return _power_of(tf.add_n([_sum(x, lambda part: (magnitudes(part) / unit) ** p) for x in tensors]), 1 / p) * unit
 
 
 def _power_of(x: tf.Tensor, p: float) -> tf.Tensor:
-    return x if p == 1 else tf.square(x) if p == 2 else x**p
+    return {1: tf.identity, 2: tf.square, 0.5: tf.sqrt}.get(p, lambda base: base**p)(x)
 
 
 def _peak(x: tf.Tensor) -> tf.Tensor:
@@ -324,21 +320,27 @@ def _smallest(factors: tf.Tensor) -> tf.Tensor:
     return tf.reduce_min(factors) + tf.reduce_sum(factors - factors)  # NaN where one is NaN
 
 
-def _scaled(x: tf.Tensor, scale: _Scale, steps: int) -> tf.Tensor:
-    """Multiply by a factor in the multiply's dtype; a factor of 0 gives zeros and NaN NaN, whatever `x` holds.
+def _multiply_dtype(x: tf.Tensor) -> tf.DType:
+    return tf.float64 if x.dtype in (tf.float64, tf.complex128) else tf.float32
 
-    A factor that is no normal number of the dtype takes three steps by numbers that are.
-    """
-    if x.dtype.is_complex:
-        return tf.complex(*(_scaled(part, scale, steps) for part in _reals(x)))
-    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+
+def _factors(scale: _Scale, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A factor as three normal numbers of the dtype; the last two, powers of two, are 1 where it is one itself."""
     first = _FIRST[dtype]
-    factor = tf.cast(_times_power(scale.mantissa, tf.maximum(scale.exponent, -first)), dtype)
+    factor = _times_power(scale.mantissa, tf.maximum(scale.exponent, -first))
+    rest = [tf.clip_by_value(scale.exponent + n * first, tf.constant(-first, tf.int64), 0) for n in (1, 2)]
+    return tf.cast(factor, dtype), tf.cast(_power(-rest[0]), dtype), tf.cast(_power(rest[1]), dtype)
+
+
+def _scaled(x: tf.Tensor, factors: Mapping[tf.DType, tuple[tf.Tensor, ...]], steps: int) -> tf.Tensor:
+    """Multiply in the multiply's dtype; a factor of 0 gives zeros and NaN NaN, whatever `x` holds."""
+    if x.dtype.is_complex:
+        return tf.complex(*(_scaled(part, factors, steps) for part in _reals(x)))
+    dtype = _multiply_dtype(x)
+    factor, divisor, last = factors[dtype]
     product = tf.math.multiply_no_nan(tf.cast(x, dtype), factor)
     if steps > 1:
-        rest = [tf.clip_by_value(scale.exponent + n * first, tf.constant(-first, tf.int64), 0) for n in (1, 2)]
-        # a division, as in _times_power
-        product = product / tf.cast(_power(-rest[0]), dtype) * tf.cast(_power(rest[1]), dtype)
+        product = product / divisor * last  # a division, as in _times_power
     return tf.cast(product, x.dtype)
 
 

@@ -51,8 +51,7 @@ def to_array(tensor: Any) -> Array:
     """An eager dense tensor or variable as an array: its own memory on a CPU, a copy from a device."""
     tensor = tf_variable(tensor)
     tensor = tensor.value() if isinstance(tensor, tf.Variable) else tensor
-    array: Array = np.asarray(tensor) if _on_cpu(tensor) else tensor.numpy()
-    return array
+    return _view(tensor) if _on_cpu(tensor) else np.asarray(tensor.numpy())
 
 
 def to_host(tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | None:
@@ -66,7 +65,7 @@ def to_host(tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | 
     dense = [part for tensor in tensors for part in _dense_parts(tensor)]
     if not all(_on_cpu(part) for part in dense) or record.should_record_backprop(dense):
         return None
-    return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else np.asarray(t) for t in _values(tensors)]
+    return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else _view(t) for t in _values(tensors)]
 
 
 def check_assignable(tensor: Any) -> None:
@@ -102,6 +101,12 @@ def _values(tensors: Sequence[Any]) -> list[Any]:
     return [tensor.value() if isinstance(tensor, tf.Variable) else tensor for tensor in plain]
 
 
+def _view(tensor: tf.Tensor) -> Array:
+    """The memory of an eager CPU tensor."""
+    # a bfloat16 scalar's __array__ gives no array (TensorFlow 2.21)
+    return np.asarray(tensor if tensor.shape.rank else tensor.numpy())
+
+
 def _dense_parts(tensor: Any) -> list[Any]:
     if isinstance(tensor, tf.IndexedSlices):
         return [tensor.values, tensor.indices]
@@ -117,14 +122,14 @@ def _on_cpu(tensor: Any) -> bool:
 
 def _unique(slices: tf.IndexedSlices) -> tuple[Array, Array | None]:
     """The sorted indices without duplicates, and where each row goes; None where there are no duplicates."""
-    indices = np.asarray(slices.indices)
+    indices = _view(slices.indices)
     unique, inverse = np.unique(indices, return_inverse=True)
     return unique, inverse.reshape(-1) if unique.size < indices.size else None
 
 
 def _coalesced(slices: tf.IndexedSlices) -> Array:
     """The values, those of one index summed in float64 and rounded once."""
-    values = np.asarray(slices.values)
+    values = _view(slices.values)
     unique, inverse = _unique(slices)
     if inverse is None:
         return values

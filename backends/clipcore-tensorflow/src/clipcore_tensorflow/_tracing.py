@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
                 raise failures[0] from None
             if isinstance(err, ClipcoreError):
                 raise
-            raise InvalidInput(f"model {_name(model)!r} failed on the sample ({_shapes(args)}): {err}") from err
+            raise InvalidInput(f"model {_name(model)!r} failed on the sample ({_shapes(args)}): {_cause(err)}") from err
 
 
 def arguments(model: Any, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -221,6 +222,13 @@ def _as_before(model: Any, running: Running) -> Iterator[None]:
 
 def _name(model: Any) -> str:
     return str(getattr(model, "name", type(model).__name__))
+
+
+def _cause(err: Exception) -> str:
+    """What an error says, without Keras's frame around it and the terminal's colours."""
+    paragraphs = re.sub(r"\x1b\[\d*m", "", str(err)).strip().split("\n\n")
+    framed = len(paragraphs) > 1 and paragraphs[0].startswith("Exception encountered when calling")
+    return " ".join(paragraphs[1 if framed else 0].split())
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

@@ -10,7 +10,7 @@ import keras
 from clipcore.backend import Layer, Primitives, Watcher
 from clipcore.clipping import api
 from clipcore.errors import InvalidInput
-from clipcore_tensorflow import _layers, _models, _tensors, _tracing
+from clipcore_tensorflow import _building, _layers, _models, _tensors, _tracing
 from clipcore_tensorflow._primitives import TensorFlowPrimitives
 from clipcore_tensorflow._tensors import Array
 
@@ -79,6 +79,9 @@ class TensorFlowBackend:
         _models.check_model(model)
         written = _models.write(self._running.table(model), values)
         self._running.written.update(map(id, written))
+
+    def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        return _building.build_layer(kind, settings, shapes)
 
     def run(self, model: Any, sample: Any, watcher: Watcher | None = None) -> Any:
         _models.check_model(model)

@@ -146,7 +146,8 @@ def double(model: Any) -> Any | None:
     if input_shapes(model) is None:
         return None
     try:
-        inputs = keras.tree.map_structure(_double_input, model.input)
+        declared = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+        inputs = keras.tree.map_structure(_double_input, declared)
         copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=_double_layer)
         pairs = list(zip(model.weights, copy.weights, strict=True))
         if any(new.shape != old.shape or not _widened(old, new) for old, new in pairs):

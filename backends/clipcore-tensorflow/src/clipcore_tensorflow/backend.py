@@ -9,8 +9,10 @@ import keras
 
 from clipcore.backend import Layer, Primitives, Watcher
 from clipcore.clipping import api
+from clipcore.clipping.policies import Policy
 from clipcore.errors import InvalidInput
-from clipcore_tensorflow import _building, _layers, _models, _tensors, _tracing
+from clipcore.training import Attachment
+from clipcore_tensorflow import _building, _layers, _models, _tensors, _tracing, _training
 from clipcore_tensorflow._primitives import TensorFlowPrimitives
 from clipcore_tensorflow._tensors import Array
 
@@ -18,6 +20,8 @@ from clipcore_tensorflow._tensors import Array
 # mark, which tf.autograph.experimental.do_not_convert sets as well, makes it call these functions as they are.
 for _verb in (api.clip, api.clip_, api.limit_):
     vars(_verb).setdefault("autograph_info__", {})
+
+_training.register_builtin_optimizers()
 
 
 class TensorFlowBackend:
@@ -92,3 +96,9 @@ class TensorFlowBackend:
 
     def double(self, model: Any) -> Any | None:
         return _models.double(model)
+
+    def attach(self, optimizer: Any, policy: Policy, model: Any) -> Attachment:
+        return _training.attach(optimizer, policy, model)
+
+    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> tuple[Any, Any, Any]:
+        return _training.compile(model, loss_fn, optimizer, policy)

@@ -134,6 +134,9 @@ class ModelBackend(Backend, Protocol):
     def load_model(self, factory: Any, weights: str | None) -> Any:
         """Call `factory`, and load the framework's own weight file into the model where one is named."""
 
+    def save_weights(self, model: Any, path: str) -> None:
+        """Write the model's weights in the framework's own format that the file's name says."""
+
     def layers(self, model: Any) -> list[Layer]:
         """Every layer that owns tensors, each once, in the order in which the model lists them.
 

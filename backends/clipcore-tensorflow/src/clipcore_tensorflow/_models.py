@@ -135,6 +135,18 @@ def load_model(factory: Any, path: str | None) -> Any:
     return model
 
 
+def save_weights(model: Any, path: str) -> None:
+    """Write a Keras model as .keras, or its weights alone as .weights.h5, as the name says."""
+    if not isinstance(model, keras.Model):
+        raise InvalidInput(f"{type(model).__name__} is no keras.Model, and weight files are Keras's; save it yourself")
+    if path.endswith(".keras"):
+        model.save(path)
+    elif path.endswith(".weights.h5"):
+        model.save_weights(path)
+    else:
+        raise InvalidInput(f"output {path!r} has another format; expected one of {', '.join(_FILES)}")
+
+
 def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     """See `clipcore.backend.TracingBackend.input_shapes`: what functional and Sequential models declare."""
     inputs = getattr(model, "inputs", None) if isinstance(model, keras.Model) else None

@@ -71,6 +71,9 @@ class TensorFlowBackend:
     def load_model(self, factory: Any, weights: str | None) -> Any:
         return _models.load_model(factory, weights)
 
+    def save_weights(self, model: Any, path: str) -> None:
+        _models.save_weights(model, path)
+
     def layers(self, model: Any) -> list[Layer]:
         _models.check_model(model)
         return [listed.layer for listed in _layers.describe(model)]

@@ -14,6 +14,7 @@ from clipcore.errors import InvalidInput, MappingError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_PICKLED = (".pt", ".pth", ".bin")  # names of torch's own format
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -113,6 +114,29 @@ def load_model(factory: Any, weights: str | None) -> nn.Module:
     return model
 
 
+def save_weights(model: nn.Module, path: str) -> None:
+    """Write the model's state dict as .pt, .pth, .bin or .safetensors, as the name says.
+
+    Raises:
+        InvalidInput: the name has another ending, or safetensors is not installed.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        _safetensors().save_model(model, path)
+    elif suffix in _PICKLED:
+        torch.save(model.state_dict(), path)
+    else:
+        raise InvalidInput(f"output {path!r}: expected a file named {', '.join(_PICKLED)} or .safetensors")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as err:
+        raise InvalidInput("a .safetensors file needs safetensors: pip install safetensors") from err
+    return safetensors.torch
+
+
 def _made(factory: Any) -> nn.Module:
     name = getattr(factory, "__qualname__", repr(factory))
     try:
@@ -130,8 +154,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise InvalidInput(f"weights {str(path)!r}: there is no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise InvalidInput(f"weights {str(path)!r}: expected a file named .pt, .pth, .bin or .safetensors")
+    if path.suffix not in _PICKLED:
+        raise InvalidInput(f"weights {str(path)!r}: expected a file named {', '.join(_PICKLED)} or .safetensors")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
@@ -146,12 +170,11 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    safetensors = _safetensors()
+    from safetensors import SafetensorError
+
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as err:
-        raise InvalidInput(f"weights {str(path)!r} need safetensors: pip install safetensors") from err
-    try:
-        return load_file(path)
+        state: Mapping[str, Any] = safetensors.load_file(path)
+        return state
     except SafetensorError as err:
         raise InvalidInput(f"weights {str(path)!r} are no safetensors file: {err}") from err

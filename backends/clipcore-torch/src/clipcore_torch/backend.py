@@ -61,6 +61,9 @@ class TorchBackend:
     def load_model(self, factory: Any, weights: str | None) -> nn.Module:
         return _building.load_model(factory, weights)
 
+    def save_weights(self, model: nn.Module, path: str) -> None:
+        _building.save_weights(model, path)
+
     def layers(self, model: nn.Module) -> list[Layer]:
         return _layers.layers(model)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from clipcore.backend import Layer
 from clipcore.backend import Tensor as Described
@@ -131,7 +131,7 @@ def _names(model: nn.Module) -> dict[int, str]:
     kept = model.state_dict(keep_vars=True)
     names: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise InvalidInput(
                 f"tensor {name!r} belongs to a lazy module that has not seen its first input, so that it has no shape; "
                 f"run the model once on a sample"

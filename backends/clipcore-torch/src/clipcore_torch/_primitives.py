@@ -75,7 +75,7 @@ class TorchPrimitives:
         faults = _gather([measure.nonfinite for measure in measures]).sum()
         # the limit in the norms' unit may leave the range, and then the comparison is right all the same
         over = norms > _times_power(torch.full_like(norms, max_norm), -exponents)
-        bound, shift = math.frexp(max_norm) if math.isfinite(max_norm) else (1.0, 0)
+        bound, shift = math.frexp(max_norm) if max_norm < math.inf else (1.0, 0)
         # where, not if: a branch on the norm would wait for the device; the inner one keeps derivatives finite
         scales = torch.where(over, bound / torch.where(over, norms, 1), 1)
         shifts = torch.where(over, shift - exponents, 0)
@@ -197,7 +197,8 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """2**exponent, exactly, for exponents of normal numbers."""
     integers, bits, bias = _FORMATS[dtype]
-    return ((exponent.to(integers) + bias) << bits).view(dtype)
+    power: Tensor = ((exponent.to(integers) + bias) << bits).view(dtype)
+    return power
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
@@ -213,7 +214,8 @@ def _joint(norms: Tensor, p: float) -> Tensor:
     """The norm of all groups together, from theirs."""
     top = norms.detach().amax()
     unit = torch.where(torch.isfinite(top) & (top > 0), top, 1)
-    return vector_norm(norms / unit, p) * unit
+    norm: Tensor = vector_norm(norms / unit, p) * unit
+    return norm
 
 
 def _scaled(x: Tensor, scale: _Scale) -> Tensor:
@@ -234,7 +236,7 @@ def _scaled(x: Tensor, scale: _Scale) -> Tensor:
 
 def _bound_in(value: float, x: Tensor) -> float:
     """A clamp's bound rounded to a tensor's dtype; a finite bound beyond its range is its largest number."""
-    if not math.isfinite(value) or value == 0:
+    if abs(value) == math.inf or value == 0:
         return value
     digits, lowest = _DIGITS[x.dtype]
     unit = max(math.frexp(value)[1] - digits, lowest)

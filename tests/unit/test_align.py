@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from clipcore.mapping.align import SAME, agree, arrangements, relative_error
 
 RNG = np.random.default_rng(0)

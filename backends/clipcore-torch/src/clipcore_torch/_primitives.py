@@ -20,6 +20,7 @@ from clipcore.errors import InvalidInput, NonFinite
 from clipcore_torch._tensors import map_values, values_of
 
 _DEVICES_WITHOUT_FLOAT64 = ("mps",)
+_BLOCK = 1024  # elements that are summed in a row
 
 
 class _Format(NamedTuple):
@@ -163,13 +164,20 @@ def _norm(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
     wide = _wide(values[0].device)
     narrow = wide is torch.float64 and not any(x.dtype in (torch.float64, torch.complex128) for x in values)
     if narrow and (p == 2 or (p == 1 and not any(x.is_complex() for x in values))):
-        return _split(vector_norm(_gather([vector_norm(_reals(x), p, dtype=wide) for x in values]), p))
+        return _split(vector_norm(_gather([_long_norm(_reals(x), p, wide) for x in values]), p))
     # relative to the largest magnitude nothing overflows, and what underflows does not count
-    peak = _gather([vector_norm(_reals(x.detach()), math.inf).to(wide) for x in values]).amax()
-    unit = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
-    ratio = vector_norm(_gather([vector_norm(_magnitudes(x, unit.to(x.device)), p) for x in values]), p)
+    unit = _peak([_reals(x) for x in values], wide)
+    magnitudes = [_magnitudes(x, unit.to(x.device)) for x in values]
+    top = _peak(magnitudes, wide)  # 1, or up to sqrt(2) for complex elements
+    ratio = vector_norm(_gather([vector_norm(m / top.to(m.device), p) for m in magnitudes]), p) * top
     (mantissa, exponent), (factor, shift) = _split(unit), _split(ratio)
     return mantissa * factor, exponent + shift
+
+
+def _peak(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The largest magnitude, a constant to autograd; 1 where it is 0, inf or NaN."""
+    peak = _gather([vector_norm(x.detach(), math.inf).to(dtype) for x in values]).amax()
+    return torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -212,8 +220,7 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 def _joint(norms: Tensor, p: float) -> Tensor:
     """The norm of all groups together, from theirs."""
-    top = norms.detach().amax()
-    unit = torch.where(torch.isfinite(top) & (top > 0), top, 1)
+    unit = _peak([norms], norms.dtype)
     norm: Tensor = vector_norm(norms / unit, p) * unit
     return norm
 

@@ -97,7 +97,7 @@ def with_values(like: Tensor | None, values: Tensor) -> Tensor:
     if like is None or like.layout is not torch.sparse_coo:
         return values
     indices = like.coalesce().indices()
-    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True, check_invariants=False)
 
 
 def map_values(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(scope="module")
 def models(backend: Any) -> Any:
     """The backend, where it has models."""
-    if not hasattr(backend, "build_layer"):
+    if not hasattr(backend, "layers"):
         pytest.skip(f"not offered: backend {backend.name!r} has no models; it ends with clipping, the first tier")
     return backend
 

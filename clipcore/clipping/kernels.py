@@ -285,9 +285,10 @@ def round_once(values: Array, dtype: np.dtype[Any]) -> Array:
 
     ml_dtypes goes through float32 and rounds twice; setting the last bit of an inexact float32 prevents that.
     """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32 if dtype.name == "bfloat16" else dtype)
     if dtype.name != "bfloat16":
-        return values.astype(dtype)
-    narrow = values.astype(np.float32)
+        return narrow
     bits = narrow.view(np.uint32)
     inexact = narrow != values
     bits -= np.abs(narrow) > np.abs(values)
@@ -297,8 +298,7 @@ def round_once(values: Array, dtype: np.dtype[Any]) -> Array:
 
 def bound_in(value: float, dtype: np.dtype[Any]) -> Array:
     """A clamp's bound in the array's dtype, a 0-d array; a finite bound beyond its range is its largest number."""
-    with np.errstate(over="ignore"):
-        rounded = np.asarray(round_once(np.array([value]), dtype)[0], dtype)
+    rounded = np.asarray(round_once(np.array([value]), dtype)[0], dtype)
     if math.isfinite(value) and not np.isfinite(rounded):
         bits = {"float16": 0x7BFF, "bfloat16": 0x7F7F, "float32": 0x7F7FFFFF}[dtype.name]
         largest = np.array(bits, f"u{dtype.itemsize}").view(dtype)

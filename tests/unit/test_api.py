@@ -1,0 +1,103 @@
+"""What a caller can get wrong is one clear sentence, and nothing is changed."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import clipcore as cc
+
+POLICY = cc.ClipByGlobalNorm(1.0)
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "said"),
+    [
+        (np.array([1, 2]), cc.InvalidInput, ["grads has dtype int64", "float32"]),
+        ({"w": [np.array([True])]}, cc.InvalidInput, ["grads['w'][0] has dtype bool"]),
+        ([np.ones(2), 3.0], cc.InvalidInput, ["grads[1]", "3.0", "float"]),
+        ([3.0], cc.InvalidInput, ["grads[0]", "3.0"]),
+        ("gradients", cc.InvalidInput, ["grads", "'gradients'"]),
+        ((np.ones(2) for _ in range(2)), cc.InvalidInput, ["grads", "generator"]),
+        ([np.ones(2), object()], cc.InvalidInput, ["grads[1]", "object"]),
+        (np.array(["a"]), cc.InvalidInput, ["dtype"]),
+        (np.ones(2, np.longdouble), cc.InvalidInput, ["dtype"]),
+    ],
+)
+def test_what_is_no_floating_tensor_is_refused_with_its_place(grads, error, said):
+    with pytest.raises(error) as caught:
+        cc.clip(grads, POLICY)
+    for part in said:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", [None, 1.0, cc.ClipByNorm, "norm"])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(cc.InvalidPolicy, match="expected a policy"):
+        cc.clip(np.ones(2), policy)
+
+
+def test_a_read_only_array_cannot_be_clipped_in_place():
+    array = np.full(4, 3.0)
+    array.flags.writeable = False
+    with pytest.raises(cc.InvalidInput, match="read-only"):
+        cc.clip_(array, POLICY)
+    clipped, _ = cc.clip(array, POLICY)
+    np.testing.assert_array_equal(clipped, np.full(4, 0.5))
+
+
+def test_raise_names_the_first_faulty_tensor_and_changes_nothing():
+    grads = {"a": np.array([3.0]), "b": np.array([np.inf, np.nan, 1.0])}
+    with pytest.raises(cc.NonFinite, match=r"2 elements are inf or NaN \(first in grads\['b'\], 1 of 2 tensors\)"):
+        cc.clip_(grads, cc.ClipByGlobalNorm(1.0, nonfinite="raise"))
+    np.testing.assert_array_equal(grads["a"], [3.0])
+
+
+def test_one_memory_under_two_names_is_scaled_once_in_place():
+    grad = np.array([3.0, 4.0])
+    report = cc.clip_([grad, grad], POLICY)
+    np.testing.assert_array_equal(grad, [3 * 0.2, 4 * 0.2])
+    assert report.norm == 5
+
+
+def test_no_tensors_at_all_have_the_norm_zero():
+    for grads in ([], {}, None, [None, {}]):
+        clipped, report = cc.clip(grads, POLICY)
+        assert clipped == grads
+        assert (report.norm, report.scale, report.clipped, report.nonfinite) == (0.0, 1.0, False, 0)
+
+
+def test_numpy_keeps_no_gradients_and_no_models():
+    with pytest.raises(cc.InvalidInput, match=r"cc\.clip"):
+        cc.clip_grads_([np.ones(2)], POLICY)
+    with pytest.raises(cc.InvalidInput, match=r"cc\.clip_"):
+        cc.limit_([np.ones(2)], POLICY)
+    with pytest.raises(cc.InvalidInput, match=r"cc\.clip"):
+        cc.attach(np.ones(2), POLICY)
+
+
+def test_a_report_per_group_and_the_joint_norm_by_hand():
+    _, report = cc.clip([np.array([3.0, 4.0]), np.array([12.0])], cc.ClipByNorm(6.0))
+    assert report.norms == (5.0, 12.0)
+    assert report.scales == (1.0, 0.5)
+    assert report.norm == 13.0
+    assert report.scale == 0.5
+    assert report.clipped is True
+
+
+def test_threads_clip_at_the_same_time():
+    rng = np.random.default_rng(0)
+    grads = [rng.standard_normal(50_000).astype(np.float32) for _ in range(4)]
+    expected = [cc.clip(grad, POLICY)[0].tobytes() for grad in grads]
+    results = [None] * 4
+
+    def work(index):
+        for _ in range(20):
+            results[index] = cc.clip(grads[index], POLICY)[0].tobytes()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == expected

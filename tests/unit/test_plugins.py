@@ -1,0 +1,135 @@
+"""Backends are found by name, by object or by environment; a broken one is a clear error that harms no other."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import clipcore as cc
+
+
+def plugin(folder, name, source, *, distribution=None, module=None):
+    """A distribution with one backend, as an installer leaves it: a module and a dist-info folder."""
+    distribution, module = distribution or f"clipcore-{name}", module or f"{name}_plugin"
+    (folder / f"{module}.py").write_text(textwrap.dedent(source))
+    info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[clipcore]\n{name} = {module}\n")
+
+
+HEALTHY = """
+    import clipcore as cc
+    from clipcore.numpy_backend import NumpyBackend
+
+    class Tensor:
+        pass
+
+    class Backend(NumpyBackend):
+        name = "healthy"
+
+    @cc.hookimpl
+    def clipcore_root_modules():
+        return ["healthy_plugin"]
+
+    @cc.hookimpl
+    def clipcore_backend():
+        return Backend()
+"""
+
+
+def run(folder, code, **environment):
+    """What a fresh interpreter prints that has the folder's distributions installed."""
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
+
+
+def test_numpy_is_a_backend_like_any_other():
+    assert "numpy" in cc.backends()
+    assert cc.get_backend("numpy").name == "numpy"
+    assert cc.backend_of(np.zeros(3)).name == "numpy"
+    assert cc.backend_of(np.float32(1)).name == "numpy"
+
+
+def test_a_missing_backend_is_named_with_the_command_that_installs_it():
+    with pytest.raises(cc.BackendError, match=r"'jax' is not installed: pip install clipcore-jax \(installed: .*numpy"):
+        cc.get_backend("jax")
+
+
+def test_an_object_of_no_backend_is_named_with_its_type():
+    with pytest.raises(cc.BackendError, match=r"type builtins\.object.*installed: "):
+        cc.backend_of(object())
+
+
+def test_a_plugin_is_found_by_name_and_by_object_and_listing_imports_none(tmp_path):
+    plugin(tmp_path, "healthy", HEALTHY)
+    code = """
+        import sys
+        import clipcore as cc
+        names = cc.backends()
+        assert "healthy_plugin" not in sys.modules
+        import healthy_plugin
+        print("healthy" in names, cc.get_backend("healthy").name, cc.backend_of(healthy_plugin.Tensor()).name)
+    """
+    assert run(tmp_path, code) == "True healthy healthy"
+
+
+def test_the_environment_names_the_default(tmp_path):
+    plugin(tmp_path, "healthy", HEALTHY)
+    code = "import clipcore as cc; print(cc.get_backend().name)"
+    assert run(tmp_path, code, CLIPCORE_BACKEND="healthy") == "healthy"
+    assert run(tmp_path, code, CLIPCORE_BACKEND="") == "numpy"
+    assert "'nonsense' is not installed" in run(tmp_path, code, CLIPCORE_BACKEND="nonsense")
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('no driver')", "import a_module_that_is_not_there"])
+def test_a_backend_that_breaks_at_import_is_named_and_the_others_keep_working(tmp_path, fault):
+    plugin(tmp_path, "broken", fault)
+    plugin(tmp_path, "healthy", HEALTHY)
+    code = """
+        import clipcore as cc
+        import numpy as np
+        assert {"broken", "healthy", "numpy"} <= set(cc.backends())
+        try:
+            cc.get_backend("broken")
+        except cc.BackendError as err:
+            print(err)
+        assert cc.get_backend("healthy").name == "healthy"
+        assert cc.clip(np.array([3.0, 4.0]), cc.ClipByNorm(1.0))[1].norm == 5
+        import healthy_plugin
+        assert cc.backend_of(healthy_plugin.Tensor()).name == "healthy"
+    """
+    said = run(tmp_path, code)
+    assert "'broken' is installed (by clipcore-broken) but cannot be imported" in said
+    assert "no driver" in said or "a_module_that_is_not_there" in said
+
+
+def test_a_plugin_without_hooks_is_told_which_one_it_lacks(tmp_path):
+    plugin(tmp_path, "empty", "x = 1")
+    code = "import clipcore as cc; cc.get_backend('empty')"
+    assert "does not implement clipcore_backend" in run(tmp_path, code)
+
+
+def test_a_backend_named_twice_is_an_error_that_names_both_owners_and_the_others_keep_working(tmp_path):
+    plugin(tmp_path, "healthy", HEALTHY)
+    plugin(tmp_path, "healthy", HEALTHY, distribution="clipcore-other", module="other_plugin")
+    code = """
+        import clipcore as cc
+        assert cc.backends().count("healthy") == 1
+        assert cc.get_backend("numpy").name == "numpy"
+        cc.get_backend("healthy")
+    """
+    said = run(tmp_path, code)
+    assert "'healthy' is named twice" in said
+    assert "clipcore-healthy" in said
+    assert "clipcore-other" in said

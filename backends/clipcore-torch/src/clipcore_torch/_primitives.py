@@ -169,9 +169,20 @@ def _norm(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
     unit = _peak([_reals(x) for x in values], wide)
     magnitudes = [_magnitudes(x, unit.to(x.device)) for x in values]
     top = _peak(magnitudes, wide)  # 1, or up to sqrt(2) for complex elements
-    ratio = vector_norm(_gather([vector_norm(m / top.to(m.device), p) for m in magnitudes]), p) * top
+    ratio = vector_norm(_gather([_long_norm(m / top.to(m.device), p, wide) for m in magnitudes]), p) * top
     (mantissa, exponent), (factor, shift) = _split(unit), _split(ratio)
     return mantissa * factor, exponent + shift
+
+
+def _long_norm(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """The p-norm summed in blocks, and these in blocks, since on a CPU torch adds a whole tensor up in a row."""
+    norms = x.reshape(-1)
+    while norms.numel() > _BLOCK:
+        whole = norms.numel() // _BLOCK * _BLOCK
+        blocks = vector_norm(norms[:whole].unflatten(0, (-1, _BLOCK)), p, dim=1, dtype=dtype)
+        norms = torch.cat([blocks, norms[whole:].to(dtype)])
+    norm: Tensor = vector_norm(norms, p, dtype=dtype)
+    return norm
 
 
 def _peak(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -94,8 +94,10 @@ def run(output: Path, step: Step) -> Outcome:
     """Do the whole job; write the two pictures into `output`.
 
     Raises:
-        InvalidInput: scikit-learn or matplotlib is missing. BackendError: a backend is.
+        InvalidInput: `output` is a file, or scikit-learn or matplotlib is missing. BackendError: a backend is.
     """
+    if output.exists() and not output.is_dir():
+        raise cc.InvalidInput(f"output {str(output)!r} is a file; name a folder for the pictures")
     with step("importing PyTorch, TensorFlow and Keras"):
         torch_half, keras_half = _halves()
         digits = _digits()

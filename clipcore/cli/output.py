@@ -20,13 +20,16 @@ import clipcore as cc
 
 OK, NOT_VERIFIED, BAD_INPUT = 0, 1, 2
 
+_PIPE_WIDTH = 240
+
 
 class Session:
     """One command at work. While it runs, stdout is its own: what frameworks and factories print goes to stderr."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self._stdout = Console(file=sys.stdout)
+        # in a file or a pipe a row stays one line
+        self._stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
         self._stderr = Console(file=_own_stderr())
 
     def step(self, text: str) -> AbstractContextManager[Any]:

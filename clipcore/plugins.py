@@ -101,7 +101,7 @@ def _load_for(cls: type) -> str:
 # What torch.compiler.assume_constant_result sets: torch.compile calls these as it traces, and does not trace them, so
 # that a backend may be first asked for inside a compiled function. They return names because it takes no objects.
 for _function in (_load, _load_for):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _index_roots(wanted: set[str]) -> list[str]:

@@ -107,7 +107,7 @@ def test_ml_dtypes_rounds_twice_where_this_does_not():
 
 
 @given(
-    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3),  # all counts exact in bfloat16
     st.sampled_from([np.float16, ml_dtypes.bfloat16, np.float32, np.complex128]),
     st.data(),
 )
@@ -119,7 +119,9 @@ def test_fresh_arrays_are_aligned_and_keep_the_order_of_axes(shape, dtype, data)
     assert fresh.dtype == array.dtype
     if array.size:
         assert fresh.ctypes.data % 64 == 0
-        assert np.argsort(fresh.strides, kind="stable").tolist() == np.argsort(array.strides, kind="stable").tolist()
+    places = np.arange(array.size).reshape(shape).transpose(axes)
+    np.copyto(fresh, places.astype(fresh.dtype))
+    assert fresh.ravel("K").real.astype(int).tolist() == list(range(array.size))
 
 
 @pytest.mark.parametrize(

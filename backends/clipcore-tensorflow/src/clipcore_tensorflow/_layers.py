@@ -173,7 +173,7 @@ def _listed(owner: Any, path: str, own: list[tuple[str, Any]], names: _Names) ->
         plain = tf_variable(variable)
         variables[role] = plain
         tensors[role] = Tensor(
-            names.of(variable, f"{path}/{name}"),
+            names.of(plain, f"{path}/{name}"),
             role,
             layout,
             tuple(plain.shape),
@@ -200,18 +200,19 @@ def _rule(owner: Any, names: list[str]) -> tuple[Rule | None, dict[str, Any]]:
 
 
 class _Names:
-    """Names of variables: their paths in Keras, their place in a module; one name for one variable."""
+    """Names of variables: the layer's and the variable's own; one name for one variable.
+
+    Keras's paths begin with the name of a Sequential model, which is "sequential_7" as often as not.
+    """
 
     def __init__(self) -> None:
         self._given: dict[int, str] = {}
         self._seen: Counter[str] = Counter()
 
-    def of(self, variable: Any, place: str) -> str:
-        key = id(tf_variable(variable))
-        if key not in self._given:
-            name = variable.path if isinstance(variable, keras.Variable) else place
-            self._given[key] = _numbered(name, self._seen)
-        return self._given[key]
+    def of(self, variable: tf.Variable, place: str) -> str:
+        if id(variable) not in self._given:
+            self._given[id(variable)] = _numbered(place, self._seen)
+        return self._given[id(variable)]
 
 
 def _numbered(name: str, seen: Counter[str]) -> str:
@@ -285,7 +286,7 @@ def _check_built(model: Any) -> None:
     if not isinstance(model, keras.layers.Layer):
         return
     check_keras()
-    known = [layer for layer in _every(model) if isinstance(layer, tuple(RULES))]
+    known: list[Any] = [layer for layer in _every(model) if isinstance(layer, tuple(RULES))]
     if not model.built or (known and not any(layer.built for layer in known)):
         raise InvalidInput(
             f"model {model.name!r} has no weights yet: build it with model.build(input_shape), or call it once"

@@ -33,8 +33,9 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
         stack.enter_context(running.remember(model))
         stack.enter_context(_as_before(model, running))
         stack.enter_context(_eagerly())
-        for item in listed if watcher is not None else ():
-            stack.enter_context(_watched(item, _Watch(item.layer.name, watcher, failures)))
+        if watcher is not None:
+            for item in listed:
+                stack.enter_context(_watched(item, _Watch(item.layer.name, watcher, failures)))
         try:
             return _arrays(model(*args, **kwargs))
         except Exception as err:
@@ -99,7 +100,7 @@ class _Watch:
         self._name, self._watcher, self._failures = name, watcher, failures
 
     def around(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        places = [(args, index) for index in range(len(args))]
+        places: list[tuple[Any, Any]] = [(args, index) for index in range(len(args))]
         places += [(kwargs, key) for key in kwargs if not key.endswith("mask")]
         inputs = [leaf for held, key in places for leaf in _tensors(held[key])]
         if any(tf.is_symbolic_tensor(tensor) for tensor in inputs):
@@ -181,7 +182,7 @@ def _watched_layer(layer: Any, watch: _Watch) -> Iterator[None]:
 @contextmanager
 def _watched_module(module: Any, watch: _Watch) -> Iterator[None]:
     """The module's class swapped for a subclass: Python looks `__call__` up on the class, never on the instance."""
-    cls = type(module)
+    cls: Any = type(module)
     if not callable(module):
         yield
         return

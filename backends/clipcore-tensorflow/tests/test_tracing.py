@@ -109,6 +109,18 @@ def test_weights_written_before_a_layer_take_effect_and_stay(backend: Any, model
     assert all(np.array_equal(read[name], value) for name, value in zeros.items())
 
 
+def test_another_run_inside_a_watcher_changes_nothing_of_that(backend: Any, model: Any) -> None:
+    mean = {"n/moving_mean": np.full(4, 7, np.float32)}
+
+    def write_and_run(layer: str, _: Any) -> None:
+        if layer == "a":
+            backend.write(model, mean)
+            backend.run(model, SAMPLE)
+
+    backend.run(model, SAMPLE, Watch(before=write_and_run))
+    assert np.array_equal(backend.read(model, list(mean))["n/moving_mean"], mean["n/moving_mean"])
+
+
 def test_what_flows_can_be_replaced(backend: Any, model: Any) -> None:
     ones, output = np.ones((2, 3), np.float64), np.full((2, 4), 0.5)
     watch = Watch(

@@ -19,7 +19,11 @@ _FILES = (".weights.h5", ".keras")
 
 
 class Running:
-    """The tables of models that run just now, so that a watcher's reads and writes do not walk the model each time."""
+    """The tables of models that run just now, so that a watcher's reads and writes do not walk the model each time.
+
+    Attributes:
+        written: ids of the variables that were written meanwhile.
+    """
 
     def __init__(self) -> None:
         self._tables: dict[int, dict[str, tf.Variable]] = {}
@@ -27,12 +31,16 @@ class Running:
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
-        self._tables[id(model)] = _table(model)
+        outermost = id(model) not in self._tables
+        if outermost:
+            self._tables[id(model)] = _table(model)
         try:
             yield
         finally:
-            self._tables.pop(id(model), None)
-            self.written.clear()
+            if outermost:
+                del self._tables[id(model)]
+            if not self._tables:
+                self.written.clear()
 
     def table(self, model: Any) -> dict[str, tf.Variable]:
         return self._tables[id(model)] if id(model) in self._tables else _table(model)

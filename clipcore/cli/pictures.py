@@ -1,4 +1,4 @@
-"""The demo's two pictures. Needs matplotlib, so it is imported when they are drawn."""
+"""The demo's two pictures. They need matplotlib, which is imported when they are drawn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#4477aa", "#ee7733", "#888888"
 
 
 def gradient_norms(norms: Sequence[float], limit: float, folder: Path) -> str:
     """The norm of B's gradients before clipping, step by step, with the limit; returns the file's name."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot()
     values, steps = np.asarray(norms), np.arange(len(norms))
     over = values > limit
@@ -29,7 +27,7 @@ def gradient_norms(norms: Sequence[float], limit: float, folder: Path) -> str:
 
 def agreement(layers: Mapping[str, Sequence[Any]], tolerance: float, folder: Path) -> str:
     """Layer by layer, how far A's output is from B's, for each way of migrating; returns the file's name."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot()
     smallest = 1e-9  # equal bits have no place on a logarithmic axis
     for name, marker, color in zip(layers, "os", (BLUE, ORANGE), strict=True):
@@ -44,8 +42,13 @@ def agreement(layers: Mapping[str, Sequence[Any]], tolerance: float, folder: Pat
     return _save(figure, folder / "agreement.png")
 
 
-def _save(figure: Figure, path: Path) -> str:
+def _figure() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 3.6), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(str(path))
+    figure.savefig(path)
     return str(path)

@@ -110,12 +110,12 @@ def test_weights_written_before_a_layer_take_effect_and_stay(backend: Any, model
 
 
 def test_another_run_inside_a_watcher_changes_nothing_of_that(backend: Any, model: Any) -> None:
-    mean = {"n/moving_mean": np.full(4, 7, np.float32)}
+    mean, other = {"n/moving_mean": np.full(4, 7, np.float32)}, branching()
 
     def write_and_run(layer: str, _: Any) -> None:
         if layer == "a":
             backend.write(model, mean)
-            backend.run(model, SAMPLE)
+            backend.run(other, SAMPLE)
 
     backend.run(model, SAMPLE, Watch(before=write_and_run))
     assert np.array_equal(backend.read(model, list(mean))["n/moving_mean"], mean["n/moving_mean"])

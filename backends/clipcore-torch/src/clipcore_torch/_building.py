@@ -108,10 +108,17 @@ def load_model(factory: Any, weights: str | None) -> nn.Module:
     if weights is not None:
         state = _read(Path(weights))
         try:
-            model.load_state_dict(state)
+            _load_state(model, state)
         except RuntimeError as err:
             raise InvalidInput(f"weights {weights!r} are not those of {type(model).__name__}: {err}") from err
     return model
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load a state dict, where of tied tensors one name is enough (safetensors keeps one)."""
+    own = model.state_dict(keep_vars=True)
+    given = {id(tensor): state[name] for name, tensor in own.items() if name in state}
+    model.load_state_dict({**{name: given[id(t)] for name, t in own.items() if id(t) in given}, **state})
 
 
 def save_weights(model: nn.Module, path: str) -> None:

@@ -179,7 +179,7 @@ def _long_norm(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     norms = x.reshape(-1)
     while norms.numel() > _BLOCK:
         whole = norms.numel() // _BLOCK * _BLOCK
-        blocks = vector_norm(norms[:whole].unflatten(0, (-1, _BLOCK)), p, dim=1, dtype=dtype)
+        blocks = vector_norm(norms[:whole].reshape(-1, _BLOCK), p, dim=1, dtype=dtype)
         norms = torch.cat([blocks, norms[whole:].to(dtype)])
     norm: Tensor = vector_norm(norms, p, dtype=dtype)
     return norm

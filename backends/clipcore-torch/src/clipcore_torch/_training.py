@@ -18,6 +18,8 @@ from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput
 from clipcore.training import Attachment
 
+# what torch wraps every optimizer's `step` in, to call the hooks around it
+_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -81,7 +83,7 @@ class _Step:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Clip what the step is about to use, or make its closure clip what it computes."""
-        if _is_inside_step(optimizer, sys._getframe(1)):
+        if _is_inside_step(optimizer):
             return None
         self._withheld, self._start = [], None
         # of the positional arguments the first is the optimizer itself
@@ -104,7 +106,7 @@ class _Step:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Give back the gradients that a skipped step was not to see."""
-        if _is_inside_step(optimizer, sys._getframe(1)):
+        if _is_inside_step(optimizer):
             return
         if self._withheld and self._start is not None:
             self._start.restore(optimizer)
@@ -142,17 +144,17 @@ class _State:
         optimizer.state.update(self._state)
 
 
-def _is_inside_step(optimizer: Optimizer, hook_caller: Any) -> bool:
+def _is_inside_step(optimizer: Optimizer) -> bool:
     """Whether the step around a hook runs inside another step of the same optimizer (`super().step()`).
 
     Asked of the stack, since a flag would outlive a step that raised.
     """
-    frame = hook_caller.f_back
-    while frame is not None:
-        if frame.f_code is hook_caller.f_code and frame.f_locals.get("self") is optimizer:
-            return True
+    steps = 0
+    frame: Any = sys._getframe()
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return False
+    return steps == 2
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -13,6 +13,7 @@ import pytest
 
 import clipcore as cc
 
+REFERENCE = pathlib.Path(__file__).parents[2] / "docs" / "reference"
 FRAMEWORKS = ["torch", "tensorflow", "keras", "tf_keras", "jax", "flax"]
 
 
@@ -30,6 +31,13 @@ def undocumented(name: str, obj: object) -> Iterator[str]:
 @pytest.mark.parametrize("name", cc.__all__)
 def test_every_public_name_is_documented(name):
     assert list(undocumented(name, getattr(cc, name))) == []
+
+
+@pytest.mark.parametrize("name", cc.__all__)
+def test_every_public_name_stands_in_the_reference_once(name):
+    pages = "".join(page.read_text(encoding="utf-8") for page in REFERENCE.glob("*.md"))
+
+    assert pages.splitlines().count(f"::: clipcore.{name}") == 1
 
 
 def test_a_missing_docstring_is_found():

@@ -17,6 +17,7 @@ from clipcore.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_Eager = type(tf.constant(0))
 _ALIGNMENT = 64  # bytes; the process aborts where TensorFlow takes memory that is aligned to less
 
 
@@ -49,8 +50,7 @@ def dtype_name(tensor: Any) -> str:
 
 def to_array(tensor: Any) -> Array:
     """An eager dense tensor or variable as an array: its own memory on a CPU, a copy from a device."""
-    tensor = tf_variable(tensor)
-    tensor = tensor.value() if isinstance(tensor, tf.Variable) else tensor
+    tensor = _value(tensor)
     return _view(tensor) if _on_cpu(tensor) else np.asarray(tensor.numpy())
 
 
@@ -62,10 +62,11 @@ def to_host(tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | 
         return None  # a variable's memory is TensorFlow's to write
     if not tf.executing_eagerly():
         return None
-    dense = [part for tensor in tensors for part in _dense_parts(tensor)]
-    if not all(_on_cpu(part) for part in dense) or record.should_record_backprop(dense):
+    plain = all(type(tensor) is _Eager for tensor in tensors)  # the usual case, quick for a thousand small tensors
+    dense = list(tensors) if plain else [part for tensor in tensors for part in _dense_parts(tensor)]
+    if not all(map(_on_cpu, dense)) or record.should_record_backprop(dense):
         return None
-    return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else _view(t) for t in _values(tensors)]
+    return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else _view(t) for t in map(_value, tensors)]
 
 
 def check_assignable(tensor: Any) -> None:
@@ -85,7 +86,7 @@ def from_host(array: Array, like: Any) -> Any:
 
 def to_tensor(array: Array) -> tf.Tensor:
     """An eager CPU tensor that takes the array's memory as its own where it can, else a copy."""
-    takes_memory = array.size and array.ctypes.data % _ALIGNMENT == 0
+    takes_memory = array.size and array.__array_interface__["data"][0] % _ALIGNMENT == 0  # array.ctypes is slow
     if not (takes_memory and array.flags.c_contiguous and array.flags.writeable):
         with tf.device("CPU"):
             return tf.constant(array)
@@ -95,16 +96,20 @@ def to_tensor(array: Array) -> tf.Tensor:
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def _values(tensors: Sequence[Any]) -> list[Any]:
-    """Variables replaced by their values, which share their memory."""
-    plain = [tf_variable(tensor) for tensor in tensors]
-    return [tensor.value() if isinstance(tensor, tf.Variable) else tensor for tensor in plain]
+def _value(tensor: Any) -> Any:
+    """A variable's value, which shares its memory; another tensor itself."""
+    if type(tensor) is _Eager:
+        return tensor
+    plain = tf_variable(tensor)
+    return plain.value() if isinstance(plain, tf.Variable) else plain
 
 
 def _view(tensor: tf.Tensor) -> Array:
     """The memory of an eager CPU tensor."""
-    # a bfloat16 scalar's __array__ gives no array (TensorFlow 2.21)
-    return np.asarray(tensor if tensor.shape.rank else tensor.numpy())
+    try:
+        return np.asarray(tensor)
+    except ValueError:  # a bfloat16 scalar's __array__ gives no array (TensorFlow 2.21)
+        return np.asarray(tensor.numpy())
 
 
 def _dense_parts(tensor: Any) -> list[Any]:
@@ -115,6 +120,8 @@ def _dense_parts(tensor: Any) -> list[Any]:
 
 def _on_cpu(tensor: Any) -> bool:
     """Whether the values are there, and in the memory of the CPU."""
+    if type(tensor) is _Eager:
+        return "CPU" in tensor.backing_device
     if isinstance(tensor, tf.Variable):
         return "CPU" in tensor.device
     return not tf.is_symbolic_tensor(tensor) and "CPU" in tensor.backing_device

@@ -27,14 +27,30 @@ def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
     if tree is None:
         return None
     if isinstance(tree, dict):
+        items = {key: rebuild(value, new_leaves) for key, value in tree.items()}
+        if type(tree) is dict:  # torch.compile traces no copy.copy
+            return items
         # a shallow copy keeps the class and what it carries (a defaultdict's factory)
         result = copy.copy(tree)
-        result.update({key: rebuild(value, new_leaves) for key, value in tree.items()})
+        result.update(items)
         return result
     if isinstance(tree, list | tuple):
         items = [rebuild(value, new_leaves) for value in tree]
+        if isinstance(tree, list):
+            result = copy.copy(tree)
+            result[:] = items
+            return result
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return next(new_leaves)
+
+
+def in_order_of(tree: Any, other: Any) -> Any:
+    """`tree` with the entries of its dicts in the order of those of `other`, where both have the same keys."""
+    if isinstance(tree, dict) and isinstance(other, dict) and tree.keys() == other.keys():
+        return {key: in_order_of(tree[key], value) for key, value in other.items()}
+    if isinstance(tree, list | tuple) and isinstance(other, list | tuple) and len(tree) == len(other):
+        return [in_order_of(value, beside) for value, beside in zip(tree, other, strict=True)]
+    return tree
 
 
 def plain(tree: Any) -> Any:

@@ -26,22 +26,25 @@ def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
     """The structure of `tree` with its leaves, in order, taken from `new_leaves`."""
     if tree is None:
         return None
+    # torch.compile traces no copy.copy; it keeps a class and what it carries (a defaultdict's factory)
     if isinstance(tree, dict):
         items = {key: rebuild(value, new_leaves) for key, value in tree.items()}
-        if type(tree) is dict:  # torch.compile traces no copy.copy
-            return items
-        # a shallow copy keeps the class and what it carries (a defaultdict's factory)
-        result = copy.copy(tree)
-        result.update(items)
-        return result
+        return items if type(tree) is dict else _refilled(tree, items)
     if isinstance(tree, list | tuple):
-        items = [rebuild(value, new_leaves) for value in tree]
+        values = [rebuild(value, new_leaves) for value in tree]
         if isinstance(tree, list):
-            result = copy.copy(tree)
-            result[:] = items
-            return result
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+            return values if type(tree) is list else _refilled(tree, values)
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return next(new_leaves)
+
+
+def _refilled(tree: Any, content: Any) -> Any:
+    result = copy.copy(tree)
+    if isinstance(tree, dict):
+        result.update(content)
+    else:
+        result[:] = content
+    return result
 
 
 def in_order_of(tree: Any, other: Any) -> Any:

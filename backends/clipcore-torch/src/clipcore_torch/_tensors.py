@@ -66,7 +66,7 @@ def _is_on_host(tensor: Tensor) -> bool:
 
 
 def _refuse_shared_elements(tensor: Tensor, index: int) -> None:
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
         return
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise InvalidInput(

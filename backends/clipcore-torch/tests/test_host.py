@@ -1,0 +1,249 @@
+"""Eager CPU tensors: their memory as arrays, and clipping through the public verbs."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import clipcore as cc
+from clipcore.testing import strategies
+from clipcore.testing.checks import assert_like_reference, assert_same_bits
+from clipcore_torch._tensors import as_tensor, to_array
+
+POLICY = cc.ClipByGlobalNorm(1.0)
+REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FLOATING = [*REAL, torch.complex64, torch.complex128]
+
+
+def bits(tensor):
+    return to_array(tensor).tobytes()
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
+
+
+def test_the_plugin_imports_no_torch():
+    script = (
+        "import sys, clipcore as cc, clipcore_torch.plugin as plugin\n"
+        "assert 'torch' in cc.backends() and plugin.clipcore_root_modules() == ['torch']\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e5m2])
+def test_an_array_is_the_memory_of_its_tensor(backend, dtype):
+    tensor = torch.ones(3, 2).to(dtype)
+    (array,) = backend.to_host([tensor])
+    assert array.__array_interface__["data"][0] == tensor.data_ptr()
+    assert array.dtype.name == backend.dtype_name(tensor)
+    assert array.shape == (3, 2)
+
+
+@given(array=strategies.arrays(nonfinite=True))
+def test_arrays_go_to_torch_and_back_in_every_bit_without_a_copy(backend, array):
+    tensor = backend.from_host(array, None)
+    assert_same_bits(backend.to_host([tensor]), [array])
+    if array.size:
+        assert tensor.data_ptr() == array.__array_interface__["data"][0]
+
+
+def test_every_bfloat16_goes_to_torch_and_back():
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    tensor = as_tensor(patterns.view(ml_dtypes.bfloat16))
+    assert tensor.dtype == torch.bfloat16
+    assert np.array_equal(to_array(tensor).view(np.uint16), patterns)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t[:, ::2],
+        lambda t: t.transpose(0, 3),
+        lambda t: t.flip(0)[1:],
+        lambda t: t[0, 0, 0, 0],
+        lambda t: t[:0],
+    ],
+)
+def test_views_of_any_strides_are_clipped_where_they_lie(backend, view):
+    tensor = view(torch.randn(4, 4, 4, 4))
+    (array,) = backend.to_host([tensor], writable=True)
+    wanted = cc.clip(to_array(tensor).copy(), cc.ClipByGlobalNorm(1e-3))[0]
+    report = cc.clip_([tensor], cc.ClipByGlobalNorm(1e-3))
+    assert_same_bits([to_array(tensor)], [wanted])
+    assert_same_bits([array], [wanted])
+    assert report.clipped or not tensor.numel()
+
+
+def test_a_clipped_tensor_keeps_its_order_of_axes():
+    tensor = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    (clipped,), _ = cc.clip([tensor], POLICY)
+    assert clipped.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_conjugated_and_negated_views_are_clipped_as_what_they_show(dtype):
+    plain = randn(5, dtype=dtype)
+    for lazy in (plain.conj(), plain.conj().imag, plain.conj().real):
+        wanted = cc.clip(lazy.resolve_conj().resolve_neg().clone(), POLICY)[0]
+        assert bits(cc.clip(lazy, POLICY)[0]) == bits(wanted)
+        cc.clip_(lazy, POLICY)
+        assert torch.equal(lazy, wanted)
+
+
+def test_memory_is_not_shown_of_what_has_none_of_its_own(backend):
+    from torch._subclasses import FakeTensorMode
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    for tensor in (torch.ones(3, device="meta"), fake, torch.ones(3).as_subclass(Wrapped)):
+        assert backend.to_host([torch.ones(3), tensor]) is None
+    seen = []
+    torch.vmap(lambda x: seen.append(backend.to_host([x])) or x)(torch.ones(2, 3))
+    torch.func.grad(lambda x: seen.append(backend.to_host([x])) or x.sum())(torch.ones(3))
+    assert seen == [None, None]
+
+
+def test_memory_is_not_shown_where_a_derivative_is_wanted(backend):
+    param = nn.Parameter(torch.ones(3))
+    assert backend.to_host([param]) is None
+    with torch.no_grad():
+        assert backend.to_host([param]) is not None
+    assert backend.to_host([param], writable=True) is not None
+
+
+def test_writing_into_shared_elements_is_refused():
+    gradient = torch.ones(1, 3).expand(4, 3)
+    with pytest.raises(cc.InvalidInput, match=r"shape \(4, 3\) and strides \(0, 1\).*share memory.*cc\.clip"):
+        cc.clip_([torch.ones(2), gradient], POLICY)
+    assert torch.equal(gradient, torch.ones(4, 3))
+    assert bits(cc.clip(gradient, POLICY)[0]) == bits(cc.clip(gradient.clone(), POLICY)[0])
+
+
+@given(case=strategies.norm_cases(exact=True) | strategies.value_cases())
+def test_tensors_are_clipped_as_the_reference_says(case):
+    tensors = [as_tensor(array.copy()) for array in case.tensors]
+    clipped, _ = cc.clip(tensors, case.policy)
+    assert_like_reference([to_array(t) for t in clipped], case.policy, case.tensors)
+    cc.clip_(tensors, case.policy)
+    assert_like_reference([to_array(t) for t in tensors], case.policy, case.tensors)
+
+
+def test_tensors_in_range_come_back_themselves_in_their_structure():
+    grads = {"a": [torch.ones(2), None], "b": (torch.tensor(0.5),)}
+    clipped, report = cc.clip(grads, cc.ClipByGlobalNorm(10.0))
+    assert clipped["a"][0] is grads["a"][0]
+    assert clipped["a"][1] is None
+    assert clipped["b"][0] is grads["b"][0]
+    assert (report.clipped, report.scale) == (False, 1.0)
+
+
+def test_parameters_are_refused_by_clip_in_place_and_named_the_other_verbs():
+    with pytest.raises(cc.InvalidInput, match=r"cc\.clip_grads_ .* cc\.limit_"):
+        cc.clip_([nn.Parameter(torch.ones(3))], POLICY)
+
+
+def test_gradients_of_a_model_are_clipped_each_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model(torch.randn(5, 3)).square().sum().backward()
+    model[1].bias.grad = None
+    grads = [model[0].weight.grad, model[0].bias.grad]
+    wanted, _ = cc.clip([g.clone() for g in grads], POLICY)
+    report = cc.clip_grads_(model, POLICY)
+    assert len(report.norms) == 1
+    assert [bits(g) for g in grads] == [bits(w) for w in wanted]
+    assert cc.clip_grads_(model.parameters(), cc.ClipByGlobalNorm(10.0)).norm == pytest.approx(1.0)
+    assert cc.clip_grads_(model[0].weight, cc.ClipByNorm(0.25)).scale < 1
+
+
+def test_gradients_that_share_memory_are_scaled_once():
+    first, second = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    first.grad = second.grad = torch.full((4,), 2.0)
+    cc.clip_grads_([first, second], cc.ClipByNorm(1.0))
+    assert torch.equal(first.grad, torch.full((4,), 0.5))
+
+
+def test_weights_are_limited_in_place_and_statistics_are_not_touched():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(torch.rand(tensor.shape) * 9 + 1)
+    model[0].bias.requires_grad = False
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = [p.data_ptr() for p in model.parameters()]
+    cc.limit_(model, cc.ClipByValue(0.5))
+    untouched = ["0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name in untouched), name
+    assert [p.data_ptr() for p in model.parameters()] == places
+    cc.limit_([model[0].bias], cc.ClipByValue(0.5))
+    assert torch.equal(model[0].bias, torch.full((3,), 0.5))
+
+
+def test_autograd_notices_weights_that_were_limited_between_forward_and_backward():
+    layer = nn.Linear(3, 3)
+    loss = layer(torch.randn(2, 3, requires_grad=True)).sum()
+    cc.limit_(layer, cc.ClipByValue(1e-3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_sparse_gradients_are_summed_first(dtype):
+    indices = torch.tensor([[0, 2, 0]])
+    values = torch.tensor([[3.0, 0], [0, 0], [4.0, 0]], dtype=dtype)
+    for policy in (POLICY, cc.ClipByNorm(3.0, p=1)):
+        sparse = torch.sparse_coo_tensor(indices, values, (4, 2), check_invariants=True)
+        wanted, expected = cc.clip(sparse.to_dense(), policy)
+        (clipped,), report = cc.clip([sparse], policy)
+        assert clipped.is_sparse
+        assert clipped.is_coalesced()
+        assert bits(clipped) == bits(wanted)
+        assert report.norm == expected.norm == 7.0
+        for other in (sparse.clone(), sparse.coalesce()):
+            assert cc.clip_([other], policy).scale == report.scale
+            assert bits(other) == bits(wanted)
+        assert cc.clip([sparse], cc.ClipByGlobalNorm(100.0))[0][0] is sparse
+
+
+def test_an_empty_sparse_gradient_is_in_range():
+    indices = torch.zeros(1, 0, dtype=torch.long)
+    empty = torch.sparse_coo_tensor(indices, torch.zeros(0, 2), (4, 2), check_invariants=True)
+    assert cc.clip_([empty], cc.ClipByGlobalNorm(0.0)).norm == 0.0
+
+
+@given(data=st.data())
+def test_clipping_never_modifies_its_input(data):
+    case = data.draw(strategies.norm_cases())
+    tensors = [as_tensor(array.copy()) for array in case.tensors]
+    before = [bits(tensor) for tensor in tensors]
+    cc.clip(tensors, case.policy)
+    assert [bits(tensor) for tensor in tensors] == before
+
+
+def test_inference_tensors_are_clipped_in_place():
+    with torch.inference_mode():
+        tensor = torch.tensor([3.0, 4.0])
+    cc.clip_([tensor], POLICY)
+    assert torch.allclose(tensor, torch.tensor([0.6, 0.8]))
+
+
+def test_integers_and_strangers_are_refused():
+    with pytest.raises(cc.InvalidInput, match=r"grads\[1\] has dtype int64"):
+        cc.clip([torch.ones(2), torch.ones(2, dtype=torch.int64)], POLICY)
+    with pytest.raises(cc.InvalidInput, match=r"grads\[1\] is a tensor of backend 'numpy', and grads\[0\] of 'torch'"):
+        cc.clip([torch.ones(2), np.ones(2)], POLICY)
+    with pytest.raises(cc.InvalidInput, match="expected a module or its parameters"):
+        cc.clip_grads_([nn.Parameter(torch.ones(2)), "weight"], POLICY)

@@ -5,6 +5,7 @@ Examples are the same in every run; `--hypothesis-profile clipcore-thorough` dra
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -52,6 +53,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"clipcore backend: {config.getoption('clipcore_backend')}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Nothing is passed over in silence: what a backend does not offer is said, with the number of checks."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} checks were skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,119 @@
+"""The definition of clipping, against examples worked out by hand."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from clipcore.clipping import reference
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def test_three_and_four_are_halved_under_half_their_norm():
+    (first, second), norm = reference.clip_by_global_norm([np.array([3.0]), np.array([4.0])], 2.5)
+    assert (first.tolist(), second.tolist(), norm) == ([1.5], [2.0], 5.0)
+
+
+def test_each_tensor_is_bounded_alone_by_its_norm():
+    clipped, norms = reference.clip_by_norm([np.array([3.0, 4.0]), np.array([12.0])], 6.0)
+    assert [t.tolist() for t in clipped] == [[3.0, 4.0], [6.0]]
+    assert norms == [5.0, 12.0]
+
+
+@pytest.mark.parametrize(("p", "norm"), [(1.0, 7.0), (2.0, 5.0), (3.0, 91 ** (1 / 3)), (math.inf, 4.0), (1e300, 4.0)])
+def test_the_norms_of_three_and_four(p, norm):
+    _, found = reference.clip_by_global_norm([np.array([3.0, -4.0])], math.inf, p)
+    assert found == pytest.approx(norm, rel=1e-15)
+
+
+@pytest.mark.parametrize(("p", "norm"), [(1.0, 10.0), (2.0, 50**0.5), (math.inf, 5.0)])
+def test_a_complex_number_counts_with_its_magnitude(p, norm):
+    _, found = reference.clip_by_global_norm([np.array([3 + 4j, -5j])], math.inf, p)
+    assert found == pytest.approx(norm, rel=1e-15)
+
+
+def test_the_factor_is_rounded_to_float32_and_so_is_the_product():
+    # norm 3, limit 1: the factor is float32(1/3) = 11184811 * 2**-25, and 3 times that is 33554433 * 2**-25 -> 1
+    (clipped,), _ = reference.clip_by_global_norm([np.array([3.0], np.float32)], 1.0)
+    assert clipped.tolist() == [1.0]
+    # 7 times float32(1/7) = 9586981 * 2**-26 is 67108867 * 2**-26, three units over 1, which has room for none of them
+    (clipped,), _ = reference.clip_by_global_norm([np.array([7.0], np.float32)], 1.0)
+    assert clipped.tolist() == [1.0]
+
+
+def test_float16_is_multiplied_in_float32_and_rounded_once_more():
+    # 300 * float32(1 / 300) is 1 + 2**-26 or so: 1 in float16
+    (clipped,), norm = reference.clip_by_global_norm([np.array([300.0], np.float16)], 1.0)
+    assert (clipped.dtype, clipped.tolist(), norm) == (np.float16, [1.0], 300.0)
+
+
+def test_a_factor_that_is_subnormal_in_float32_is_multiplied_in_float64():
+    # 1e-40 / 1e3: in float32 the factor 1e-43 has 7 bits and would be off by 0.1%; 1e3 times it is 1e-40, a subnormal
+    (clipped,), _ = reference.clip_by_global_norm([np.array([1e3], np.float32)], 1e-40)
+    assert clipped[0] == np.float32(1e-40)
+
+
+def test_products_among_subnormal_numbers_are_rounded_to_even():
+    unit = np.float32(2**-149)
+    (clipped,), _ = reference.clip_by_global_norm([np.array([unit, 3 * unit], np.float32)], float(unit) * 10**0.5 / 2)
+    # a half and one and a half units: ties go to the even one
+    assert (clipped / unit).tolist() == [0.0, 2.0]
+
+
+def test_a_float64_norm_beyond_the_range_still_gives_the_right_factor():
+    (clipped,), norm = reference.clip_by_global_norm([np.full(4, 1.5e308)], 1e308)
+    assert norm == math.inf
+    np.testing.assert_allclose(clipped, np.full(4, 0.5e308), rtol=1e-15)
+
+
+def test_a_norm_equal_to_the_limit_is_in_range():
+    arrays = [np.array([3.0, 4.0], np.float32)]
+    (clipped,), _ = reference.clip_by_global_norm(arrays, 5.0)
+    assert clipped is arrays[0]
+
+
+def test_the_sign_of_zero_stays():
+    (clipped,), _ = reference.clip_by_global_norm([np.array([-0.0, 0.0, 8.0])], 1.0)
+    assert np.signbit(clipped).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("propagate", [math.nan] * 3), ("zero", [0.0, 1.5, 2.0]), ("skip", [0.0, 0.0, 0.0])]
+)
+def test_what_an_infinity_does(mode, wanted):
+    (clipped,), _ = reference.clip_by_global_norm([np.array([math.inf, 3.0, 4.0])], 2.5, nonfinite=mode)
+    np.testing.assert_array_equal(clipped, wanted)
+
+
+def test_an_infinity_raises_where_it_shall():
+    with pytest.raises(ArithmeticError):
+        reference.clip_by_global_norm([np.array([math.inf])], 1.0, nonfinite="raise")
+    with pytest.raises(ArithmeticError):
+        reference.clip_by_value([np.array([math.nan])], -1.0, 1.0, nonfinite="raise")
+
+
+def test_values_are_held_to_the_rounded_bounds():
+    inputs = [np.array([-math.inf, -0.05, 0.0999, 7.0], BF16)]
+    (clipped,), _ = reference.clip_by_value(inputs, -0.1, 0.1)
+    # 0.1 in bfloat16 is 205 * 2**-11
+    assert clipped.astype(float)[[0, 3]].tolist() == [-205 * 2.0**-11, 205 * 2.0**-11]
+    assert clipped[1] == inputs[0][1]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(np.float16, 65504.0), (BF16, 255 * 2.0**120)])
+def test_a_finite_bound_beyond_the_range_is_the_largest_number(dtype, largest):
+    (clipped,), _ = reference.clip_by_value([np.array([-math.inf, math.inf], dtype)], -1e300, 1e300)
+    assert clipped.astype(float).tolist() == [-largest, largest]
+
+
+def test_the_norm_that_is_reported_of_values_is_the_one_before():
+    assert reference.clip_by_value([np.array([3.0, 4.0])], -1, 1)[1] == 5.0
+    assert reference.clip_by_value([np.array([math.inf, 4.0])], -1, 1)[1] == math.inf
+
+
+def test_nothing_has_the_norm_zero():
+    assert reference.clip_by_global_norm([], 1.0) == ([], 0.0)
+    (clipped,), norm = reference.clip_by_global_norm([np.zeros((0, 3))], 1.0)
+    assert (clipped.shape, norm) == ((0, 3), 0.0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ ENVIRONMENT_VARIABLE = "CLIPCORE_BACKEND"
 
 _backends: dict[str, Backend] = {}
 _names_by_root: dict[str, str] = {}
+_lock = threading.RLock()  # two threads may be the first to ask for a backend
 
 
 @cache
@@ -78,8 +82,12 @@ def backend_of(obj: Any) -> Backend:
 def _load(name: str) -> str:
     """Make sure that the backend of that name is in `_backends`; the name again."""
     if name not in _backends:
-        _plugin(name)
-        _backends[name] = _call(name, "clipcore_backend")
+        with _lock:
+            _plugin(name)
+            backend = _call(name, "clipcore_backend")
+            if not isinstance(backend, Backend):
+                raise BackendError(f"backend {name!r}: clipcore_backend returned {backend!r:.60}; expected a Backend")
+            _backends[name] = backend
     return name
 
 
@@ -89,7 +97,8 @@ def _load_for(cls: type) -> str:
     for root in roots:
         if root in _names_by_root:
             return _load(_names_by_root[root])
-    broken = _index_roots(set(roots))
+    with _lock:
+        broken = _index_roots(set(roots))
     for root in roots:
         if root in _names_by_root:
             return _load(_names_by_root[root])
@@ -112,6 +121,8 @@ def _index_roots(wanted: set[str]) -> list[str]:
         try:
             _plugin(name)
             roots = _call(name, "clipcore_root_modules")
+            if not isinstance(roots, list | tuple) or not all(isinstance(root, str) for root in roots):
+                raise BackendError(f"backend {name!r}: clipcore_root_modules returned {roots!r:.60}; expected names")
         except BackendError as err:
             broken.append(str(err))
             continue
@@ -136,28 +147,31 @@ def _plugin(name: str) -> object:
         owners = " and ".join(sorted(f"{dist} ({value})" for value, dist in entries))
         raise BackendError(f"backend {name!r} is named twice, by {owners}: uninstall one of them")
     ((_, dist), entry), *_ = entries.items()
-    try:
+    with _as_broken(name, dist):
         plugin = entry.load()
-    except Exception as err:
-        raise _broken(name, dist, err) from err
-    _manager().register(plugin, name)
+        _manager().register(plugin, name)
     return plugin
 
 
 def _call(name: str, hook: str) -> Any:
     """One plugin's answer to one hook."""
     others = [plugin for other, plugin in _manager().list_name_plugin() if other != name]
-    try:
+    with _as_broken(name, f"its hook {hook}"):
         answers = _manager().subset_hook_caller(hook, others)()
-    except Exception as err:
-        raise _broken(name, name, err) from err
     if not answers:
         raise BackendError(f"backend {name!r}: its plugin does not implement {hook}; see clipcore.hookspecs")
     return answers[0]
 
 
-def _broken(name: str, dist: str, err: Exception) -> BackendError:
-    return BackendError(
-        f"backend {name!r} is installed (by {dist}) but cannot be imported: {type(err).__name__}: {err}; "
-        f"reinstall it, or remove it with pip uninstall"
-    )
+@contextmanager
+def _as_broken(name: str, by: str) -> Iterator[None]:
+    """Whatever a plugin raises, SystemExit included, is that plugin's fault alone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as err:
+        raise BackendError(
+            f"backend {name!r} is installed (by {by}) but cannot be imported: {type(err).__name__}: "
+            f"{' '.join(str(err).split())}; reinstall it, or remove it with pip uninstall"
+        ) from err

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcore.backend import Backend
 from clipcore.clipping.host import HostPrimitives
-from clipcore.clipping.kernels import MULTIPLY_DTYPE
+from clipcore.clipping.kernels import MULTIPLY_DTYPE, not_finite
 from clipcore.clipping.policies import Policy, check_policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import BackendError, InvalidInput, NonFinite
@@ -120,7 +120,7 @@ def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], lis
     owner = get_backend(name) if name or not tensors else _owner(tensors[0], paths[0])
     for path, tensor in pairs:
         if not owner.is_tensor(tensor):
-            raise InvalidInput(_stranger(path, tensor, paths[0], owner))
+            raise InvalidInput(_stranger(path, tensor, "" if name else f"grads{paths[0]}", owner))
         dtype = owner.dtype_name(tensor)
         if dtype not in MULTIPLY_DTYPE:
             raise InvalidInput(f"grads{path} has dtype {dtype}; expected one of {', '.join(MULTIPLY_DTYPE)}")
@@ -146,9 +146,11 @@ def _stranger(path: str, tensor: Any, first: str, owner: Backend) -> str:
         return f"grads{path} is {tensor!r:.60} of type {kind}; expected a tensor of backend {owner.name!r}"
     if other == owner.name:
         return f"grads{path} is of type {type(tensor).__name__}; expected tensors, or lists, tuples and dicts of them"
+    if not first:
+        return f"grads{path} is a tensor of backend {other!r}, and backend={owner.name!r} was asked for; leave it out"
     return (
-        f"grads{path} is a tensor of backend {other!r}, and grads{first} of {owner.name!r}: cc.clip takes one "
-        f"framework per call; cc.clip_together holds several under one bound"
+        f"grads{path} is a tensor of backend {other!r}, and {first} of {owner.name!r}: cc.clip takes one framework per "
+        f"call; cc.clip_together holds several under one bound"
     )
 
 
@@ -169,7 +171,7 @@ def _bound(
 def _bound_in_place(paths: Sequence[str], tensors: Sequence[Any], policy: Policy, owner: Backend) -> ClipReport:
     arrays = owner.to_host(tensors, writable=True)
     if arrays is not None:
-        places = _one_per_memory(arrays)
+        places = _one_per_memory(paths, arrays)
         _, report = _bound_arrays(
             [paths[i] for i in places], [arrays[i] for i in places], policy, HostPrimitives(in_place=True)
         )
@@ -187,17 +189,42 @@ def _bound_arrays(
     try:
         return policy.bound(arrays, primitives)
     except NonFinite as err:
-        faulty = [f"grads{p}" for p, array in zip(paths, arrays, strict=True) if not np.isfinite(array).all()]
+        is_fault = np.isnan if policy.infinities_allowed else not_finite
+        faulty = [f"grads{p}" for p, array in zip(paths, arrays, strict=True) if is_fault(array).any()]
         raise NonFinite(
             f"{err} (first in {faulty[0]}, {len(faulty)} of {len(arrays)} tensors), and the policy has "
             f"nonfinite='raise'; nothing was changed"
         ) from err
 
 
-def _one_per_memory(arrays: Sequence[np.ndarray]) -> list[int]:
-    """The first place of each memory: gradients can be one tensor under several names."""
+def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[int]:
+    """The first place of each memory: gradients can be one tensor under several names, or views of it.
+
+    Raises:
+        InvalidInput: two of them overlap in part, so that an element would be scaled twice.
+    """
     seen: dict[Any, int] = {}
     for index, array in enumerate(arrays):
-        key = (array.__array_interface__["data"][0], array.shape, array.strides) if array.size else ("empty", index)
-        seen.setdefault(key, index)
-    return list(seen.values())
+        low, high = _extent(array)
+        # what fills its memory without gaps is the same elements, in whatever order
+        shape = () if high - low == array.nbytes else (array.shape, array.strides)
+        seen.setdefault((low, high, *shape) if array.size else ("empty", index), index)
+    places = list(seen.values())
+    end, last = 0, -1
+    for low, high, index in sorted((*_extent(arrays[i]), i) for i in places if arrays[i].size):
+        if low < end and np.shares_memory(arrays[last], arrays[index]):
+            raise InvalidInput(
+                f"grads{paths[last]} and grads{paths[index]} overlap in memory: elements would be scaled twice; "
+                f"use cc.clip"
+            )
+        if high > end:
+            end, last = high, index
+    return places
+
+
+def _extent(array: np.ndarray) -> tuple[int, int]:
+    """The addresses between which an array's elements lie."""
+    low = high = array.__array_interface__["data"][0]
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        low, high = low + min((size - 1) * stride, 0), high + max((size - 1) * stride, 0)
+    return low, high + array.itemsize

@@ -301,6 +301,6 @@ def bound_in(value: float, dtype: np.dtype[Any]) -> Array:
     rounded = np.asarray(round_once(np.array([value]), dtype)[0], dtype)
     if math.isfinite(value) and not np.isfinite(rounded):
         bits = {"float16": 0x7BFF, "bfloat16": 0x7F7F, "float32": 0x7F7FFFFF}[dtype.name]
-        largest = np.array(bits, f"u{dtype.itemsize}").view(dtype)
+        largest = np.array(bits, f"u{dtype.itemsize}").view(dtype.newbyteorder("=")).astype(dtype)
         return np.negative(largest) if value < 0 else largest
     return rounded

@@ -25,6 +25,7 @@ class Policy:
     """
 
     complex_allowed: ClassVar[bool] = True
+    infinities_allowed: ClassVar[bool] = False  # NaN alone is non-finite to the policy
 
     _: KW_ONLY
     nonfinite: NonFiniteMode = "propagate"
@@ -56,7 +57,7 @@ def policy_from_config(config: dict[str, Any]) -> Policy:
     """
     arguments = dict(config)
     name = arguments.pop("policy", None)
-    if name not in _POLICIES:
+    if not isinstance(name, str) or name not in _POLICIES:
         raise InvalidPolicy(f"policy {name!r} is unknown; expected one of {sorted(_POLICIES)}")
     try:
         return _POLICIES[name](**arguments)
@@ -66,7 +67,7 @@ def policy_from_config(config: dict[str, Any]) -> Policy:
 
 def check_policy(policy: Any) -> None:
     """Refuse what is no policy with InvalidPolicy."""
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy) or type(policy) is Policy:
         raise InvalidPolicy(
             f"policy is {policy!r} of type {type(policy).__name__}; expected a policy, say ClipByGlobalNorm(1.0)"
         )
@@ -75,8 +76,8 @@ def check_policy(policy: Any) -> None:
 def _check_number(policy: Policy, name: str, low: float, high: float = math.inf) -> None:
     value = getattr(policy, name)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high:
         raise InvalidPolicy(f"{type(policy).__name__}: {name} is {value!r}; expected a number in [{low:g}, {high:g}]")
@@ -115,6 +116,7 @@ class ClipByValue(Policy):
     """
 
     complex_allowed: ClassVar[bool] = False
+    infinities_allowed: ClassVar[bool] = True
 
     min_value: float
     max_value: float | None = None

@@ -227,5 +227,5 @@ def _clamp(tensor: Array, min_value: float, max_value: float) -> Array:
 def _bound(value: float, dtype: str) -> float:
     if math.isinf(value):
         return value
-    rounded = float(_round(Fraction(value), *_FORMATS[dtype]))
-    return math.copysign(min(abs(rounded), _LARGEST[dtype]), value)
+    rounded = abs(_round(Fraction(value), *_FORMATS[dtype]))
+    return math.copysign(float(min(rounded, Fraction(_LARGEST[dtype]))), value)

@@ -7,7 +7,7 @@ flattened feature map that follows from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,16 +30,15 @@ class Arrangement(NamedTuple):
 
 
 SAME = Arrangement("...", "...")
-_MOVED = {
-    ("first", "last"): ("batch channel ...", "batch ... channel"),
-    ("last", "first"): ("batch ... channel", "batch channel ..."),
-}
-_FLATTENED = {"first": "... (channel spatial)", "last": "... (spatial channel)"}
+_TO_LAST = Arrangement("batch channel ...", "batch ... channel")
+_TO_FIRST = Arrangement("batch ... channel", "batch channel ...")
+_CHANNELS_FIRST, _CHANNELS_LAST = "... (channel spatial)", "... (spatial channel)"
 
 
 class Agreement(NamedTuple):
     """The relative error of two values in the arrangement that makes it smallest.
 
+    `ambiguous`: all features are the same, so that any order of them fits.
     `padded`: they agree once each layer's own padding is counted in, so that a padding layer on one side and a padding
     inside the convolution on the other are the same.
     """
@@ -47,6 +46,7 @@ class Agreement(NamedTuple):
     error: float
     arrangement: Arrangement
     padded: bool = False
+    ambiguous: bool = False
 
 
 def relative_error(source: Array, target: Array) -> float:
@@ -68,34 +68,67 @@ def relative_error(source: Array, target: Array) -> float:
     return largest / magnitude if magnitude and math.isfinite(largest) else math.inf
 
 
-def arrangements(ndim: int, features: int, conventions: tuple[str, str], channels: Iterable[int]) -> list[Arrangement]:
-    """The ways in which the target may hold a value of the source.
+def moved(ndim: int) -> list[Arrangement]:
+    """The ways in which the target may hold a value of so many axes: the same, or with the channel axis moved."""
+    return [SAME, _TO_LAST, _TO_FIRST] if ndim >= 3 else [SAME]
+
+
+def flattened(features: int, channels: Iterable[int], first: bool) -> list[Arrangement]:
+    """The orders in which the target may hold so many flattened features.
 
     Args:
-        ndim: of the value.
-        features: length of its last axis.
-        conventions: where source and target have the channel axis, "first" or "last".
-        channels: numbers of channels of feature maps that were computed before: the last axis may be a flattening of
-            one.
+        channels: numbers of channels of feature maps that were computed before, the likeliest first; every other
+            divisor of `features` follows.
+        first: whether the source has the channel axis first.
     """
-    found = [SAME]
-    if conventions in _MOVED and ndim >= 3:
-        found.append(Arrangement(*_MOVED[conventions]))
-    if conventions in _MOVED and ndim >= 2:
-        source, target = (_FLATTENED[convention] for convention in conventions)
-        # with one channel, or one place, both orders are the same
-        fitting = [c for c in dict.fromkeys(channels) if 1 < c < features and features % c == 0]
-        found += [Arrangement(source, target, (("channel", c),)) for c in fitting]
-    return found
+    divisors = [c for c in range(2, features // 2 + 1) if features % c == 0]
+    sides = (_CHANNELS_FIRST, _CHANNELS_LAST) if first else (_CHANNELS_LAST, _CHANNELS_FIRST)
+    likely = [Arrangement(*sides, (("channel", c),)) for c in dict.fromkeys(channels) if c in divisors]
+    # the other direction is the same order with the numbers of channels and places exchanged
+    return likely + [Arrangement(_CHANNELS_FIRST, _CHANNELS_LAST, (("channel", c),)) for c in divisors]
 
 
-def agree(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:
-    """The arrangement in which two values are closest; of equally close ones, the first."""
-    best = Agreement(math.inf, SAME)
+def agree(source: Array, target: Array, orders: Callable[[], Iterable[Arrangement]] = tuple) -> Agreement:
+    """The arrangement in which two values are closest; of equally close ones, the first.
+
+    Args:
+        orders: the orders in which the last axis may be flattened, asked for where nothing simpler fits.
+    """
     if source.ndim != target.ndim or source.size != target.size:
-        return best
+        return Agreement(math.inf, SAME)
+    best = closest(source, target, moved(source.ndim))
+    if best.error <= _SAME or source.ndim < 2 or not _same_contents(source, target):
+        # where every feature has the same value, any order fits
+        return best._replace(ambiguous=best.error <= _SAME and _is_constant(source))
+    other = closest(source, target, orders())
+    return other if other.error < best.error else best
+
+
+_SAME = 1e-6  # the relative error up to which no other arrangement is sought
+
+
+def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:
+    """The first of the candidates with the smallest error."""
+    best = Agreement(math.inf, SAME)
     for arrangement in candidates:
         error = relative_error(arrangement.apply(source), target)
         if error < best.error:
             best = Agreement(error, arrangement)
     return best
+
+
+def _is_constant(value: Array) -> bool:
+    """Whether all features of each example are the same, so that their order cannot be seen."""
+    if value.ndim < 2 or value.shape[-1] < 4 or value.dtype.kind in "biu":
+        return False
+    wide = value.astype(np.float64)
+    return bool((np.ptp(wide, axis=-1) <= _SAME * np.abs(wide).max(axis=-1)).all())
+
+
+def _same_contents(source: Array, target: Array) -> bool:
+    """Whether each row may hold the same numbers in another order: a quick look before every order is tried."""
+    if source.shape != target.shape or source.dtype.kind in "biuc" or source.shape[-1] < 4:
+        return False
+    ours, theirs = (value.astype(np.float64) for value in (source, target))
+    size = np.abs(ours).sum(-1) + np.finfo(np.float64).tiny
+    return bool((np.abs(ours.sum(-1) - theirs.sum(-1)) <= 1e-2 * size).all())

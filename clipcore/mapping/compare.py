@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from clipcore.backend import Layer
 from clipcore.mapping import reference
-from clipcore.mapping.align import SAME, Agreement, Arrangement, agree, arrangements, relative_error
+from clipcore.mapping.align import SAME, Agreement, Arrangement, agree, flattened, moved
 from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.models import Call, Side
-from clipcore.structure import leaves, rebuild
+from clipcore.structure import in_order_of, leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,21 +39,34 @@ class Comparison:
     ours: Side
     theirs: Side
     calls: Sequence[Call]
+    sample: Any = None
 
-    @property
-    def _conventions(self) -> tuple[str, str]:
-        return self.ours.backend.channels, self.theirs.backend.channels
+    def expected(self, value: Array, index: int) -> Arrangement:
+        """How the target holds an input of call `index` of the source by the two frameworks' conventions alone."""
+        if self.ours.backend.channels == self.theirs.backend.channels or value.ndim < 2:
+            return SAME
+        first = self.ours.backend.channels == "first"
+        if value.ndim >= 3:
+            return moved(value.ndim)[1 if first else 2]
+        channels = [c for c in self._channels_before[index] if 1 < c < value.shape[-1] and value.shape[-1] % c == 0]
+        return flattened(value.shape[-1], channels, first)[0] if channels else SAME
 
-    def arrangements(self, value: Array, index: int) -> list[Arrangement]:
-        """The ways in which the target may hold a value that flows in call `index` of the source."""
+    def may_be_flattened(self, index: int) -> bool:
+        """Whether the features that call `index` of the source takes may be a feature map's, in another order there."""
+        features = self.calls[index].inputs[0].shape[-1] if self.calls[index].inputs else 0
+        return any(1 < c < features and features % c == 0 for c in self._channels_before[index])
+
+    def _orders(self, value: Array, index: int) -> list[Arrangement]:
+        """The orders in which the target may hold the features of a value that flows in call `index` of the source."""
         features = value.shape[-1] if value.ndim else 0
-        return arrangements(value.ndim, features, self._conventions, self._channels_before[index])
+        return flattened(features, self._channels_before[index], self.ours.backend.channels == "first")
 
     @cached_property
     def _channels_before(self) -> list[tuple[int, ...]]:
         """For each call (and the end), the numbers of channels of the feature maps up to there, the latest first."""
-        axis = 1 if self._conventions[0] == "first" else -1
+        axis = 1 if self.ours.backend.channels == "first" else -1
         seen: dict[int, None] = {}
+        _latest(seen, (v.shape[axis] for _, v in leaves(self.sample) if v.ndim >= 3))
         before = []
         for call in self.calls:
             _latest(seen, (v.shape[axis] for v in call.inputs if v.ndim >= 3))
@@ -78,9 +91,9 @@ class Comparison:
             return Agreement(math.inf, SAME)
         worst = Agreement(0.0, SAME)
         for source, target in zip(ours, theirs, strict=True):
-            agreement = agree(source, target, self.arrangements(source, index))
+            agreement = agree(source, target, partial(self._orders, source, index))
             if agreement.error >= worst.error:
-                worst = agreement
+                worst = agreement._replace(ambiguous=agreement.ambiguous or worst.ambiguous)
         return worst
 
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
@@ -91,10 +104,12 @@ class Comparison:
         call = self.calls[index]
         first = self.ours.layers[call.layer].settings.get("activation")
         second = self.theirs.layers[layer].settings.get("activation")
-        pairs = list(zip((v for _, v in leaves(call.output)), (v for _, v in leaves(theirs)), strict=False))
+        axis = 1 if self.ours.layers[call.layer].settings.get("channels") == "first" else -1
+        ours = in_order_of(call.output, theirs)
+        pairs = list(zip((v for _, v in leaves(ours)), (v for _, v in leaves(theirs)), strict=False))
         converted, worst = [], 0.0
         for source, target in pairs:
-            value, error = _closest(source, target, first, second, self.arrangements(source, index + 1))
+            value, error = _closest(source, target, first, second, axis, partial(self._orders, source, index + 1))
             worst = max(worst, error)
             usable = value is not None and value.shape == target.shape
             converted.append(value.astype(target.dtype) if usable else target)
@@ -102,14 +117,11 @@ class Comparison:
 
     def model_outputs(self, ours: Any, theirs: Any) -> float:
         """The largest relative error over the outputs, tensor by tensor, the channel axis where each side has it."""
-        first, second = [v for _, v in leaves(ours)], [v for _, v in leaves(theirs)]
+        first, second = [v for _, v in leaves(in_order_of(ours, theirs))], [v for _, v in leaves(theirs)]
         if len(first) != len(second):
             return math.inf
         return max(
-            (
-                agree(a, b, arrangements(a.ndim, 0, self._conventions, ())).error
-                for a, b in zip(first, second, strict=True)
-            ),
+            (agree(a, b).error for a, b in zip(first, second, strict=True)),
             default=0.0,
         )
 
@@ -131,23 +143,29 @@ def _latest(seen: dict[int, None], channels: Iterable[int]) -> None:
 
 
 def _closest(
-    source: Array, target: Array, first: str | None, second: str | None, candidates: Sequence[Arrangement]
+    source: Array,
+    target: Array,
+    first: str | None,
+    second: str | None,
+    axis: int,
+    orders: Callable[[], list[Arrangement]],
 ) -> tuple[Any, float]:
-    """The source's output in its closest arrangement (None where the activation is in the way), and the error."""
-    best: tuple[Any, float] = (None, math.inf)
-    if source.ndim != target.ndim or source.size != target.size:
-        return best
-    for arrangement in candidates:
-        value, seen = arrangement.apply(source), target
-        try:
-            if first is None and second is not None:
-                value = reference.activate(value.astype(np.float64), second, axis=-1)
-            elif second is None and first is not None:
-                seen = reference.activate(target.astype(np.float64), first, axis=-1)
-        except (KeyError, ValueError):
-            # an activation that no one has a definition of: what follows will tell
-            return None, 0.0
-        error = relative_error(value, seen)
-        if error < best[1]:
-            best = (value if first is None or first == second else None), error
-    return best
+    """The source's output in its closest arrangement (None where the activation is in the way), and the error.
+
+    Args:
+        first, second: the activations that are applied in the source's and in the target's output.
+        axis: where the source has the features, along which a softmax runs; the target has them last.
+    """
+    value, seen = source, target
+    try:
+        if first is None and second is not None:
+            value = reference.activate(source.astype(np.float64), second, axis=axis)
+        elif second is None and first is not None:
+            seen = reference.activate(target.astype(np.float64), first, axis=-1)
+    except (KeyError, ValueError):
+        # an activation that no one has a definition of: what follows will tell
+        return None, 0.0
+    agreement = agree(value, seen, orders)
+    usable = first is None or first == second
+    fits = source.ndim == target.ndim and source.size == target.size
+    return agreement.arrangement.apply(value) if usable and fits else None, agreement.error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clipcore.backend import Layer
-from clipcore.errors import InvalidInput, MappingError
+from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import SAME
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.differences import differences_between
@@ -17,7 +17,8 @@ from clipcore.mapping.lockstep import (
     LockStep,
     Match,
     describe_layer,
-    resemblance,
+    names_fit,
+    plain_name,
     rows_between,
     signature,
 )
@@ -28,6 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _MOST_RUNS = 400  # of the target, over all ties together
 _OUTPUTS = "<outputs>"
+_UNEXPLAINED = "an operation without weights before it (pooling, activation, padding, reshaping) is not the same"
 _OUTPUT_TOLERANCE = 1e-3
 
 
@@ -55,7 +57,7 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
         calls, outputs = record(ours, sample)
         weights = ours.copies(ours.tensors)
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
-        step, settled = _Search(Comparison(ours, theirs, calls), outputs, weights).solve(forms)
+        step, settled = _Search(Comparison(ours, theirs, calls, sample), outputs, weights).solve(forms)
     return _assemble(ours, theirs, calls, step, settled)
 
 
@@ -80,26 +82,34 @@ class _Search:
 
     def solve(self, forms: Sequence[Any]) -> tuple[LockStep, dict[str, Evidence]]:
         """The run that agrees, and for layers that had several possible places, what settled them."""
-        self._sample = self._first_that_runs(forms)
+        found: list[tuple[LockStep, Any]] = []
+        failures: list[ClipcoreError] = []
+        for form in forms:
+            self._sample = form
+            try:
+                self._comparison.theirs.run(form)
+                found.append((self._with_excuses(), form))
+            except (InvalidInput, MappingError) as err:
+                failures.append(err)
+                continue
+            if not found[-1][0].excused:
+                break
+        if not found:
+            # a form that the target ran on says more than one that it refused
+            raise next((err for err in failures if isinstance(err, MappingError)), failures[0])
+        step, self._sample = min(found, key=lambda pair: len(pair[0].excused))
+        return step, self._settle(step)
+
+    def _with_excuses(self) -> LockStep:
+        """A run without contradiction, one place after the other excused as a true difference."""
         excused: frozenset[str] = frozenset()
         while True:
             step, place = self._search((), excused)
             if place is None:
-                return step, self._settle(step)
+                return step
             if place in excused:
                 raise MappingError(f"no mapping found: the target's layer {place!r} fits no origin in the source")
             excused |= {place}
-
-    def _first_that_runs(self, forms: Sequence[Any]) -> Any:
-        failures = []
-        for form in forms:
-            try:
-                self._comparison.theirs.run(form)
-            except InvalidInput as err:
-                failures.append(err)
-            else:
-                return form
-        raise failures[0]
 
     def _search(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
         """Depth first from `choices` on: the first run without contradiction, or the one that came furthest."""
@@ -148,6 +158,9 @@ class _Search:
                 second = _next_choices(step, turn)
                 continue
             second = _next_choices(other)
+        if second is not None:
+            # not every other choice was tried
+            settled.update({tie.target: "structure" for tie in step.ties if tie.target not in settled})
         return settled
 
     @staticmethod
@@ -156,8 +169,7 @@ class _Search:
         for tie in step.ties:
             if tie.target not in exchanged:
                 continue
-            likeness = sorted((resemblance(option, tie.target) for option in tie.options), reverse=True)
-            if likeness[0] == likeness[1] or tie.chosen != 0:
+            if [option for option in tie.options if names_fit(option, tie.target)] != [tie.options[tie.chosen]]:
                 raise MappingError(
                     f"the target's layer {tie.target!r} has several possible origins that compute the same: "
                     f"{', '.join(map(repr, tie.options))}; nothing but a name can tell them apart: "
@@ -189,22 +201,37 @@ def _assemble(ours: Side, theirs: Side, calls: Sequence[Call], step: LockStep, s
         padded = name in step.matches and step.matches[name].padded
         ignore = frozenset({"padding"} if padded else ())
         differences += differences_between(ours.layers[source], layer, call, ignore)
+        if name in step.excused:
+            differences.append(Difference(name, "input", "another", "another", _UNEXPLAINED))
     _check_all_placed(ours, calls, {source for source, *_ in pairs.values()})
+    kept = _once(rows, ours)
     taken = {name for row in rows for name in row.sources}
     unused = tuple(name for name in ours.tensors if name not in taken)
-    return Plan(ours.backend.name, theirs.backend.name, _once(rows), unused, tuple(differences))
+    return Plan(ours.backend.name, theirs.backend.name, kept, unused, tuple(differences))
 
 
-def _once(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Tied tensors stand under several layers, and are written once."""
-    return tuple(
-        {row.target: row for row in reversed(rows)}[name] for name in dict.fromkeys(row.target for row in rows)
-    )
+def _once(rows: Sequence[Row], ours: Side) -> tuple[Row, ...]:
+    """One row per tensor: a tied one stands under several layers, and must come from equal tensors."""
+    kept: dict[str, Row] = {}
+    for row in rows:
+        first = kept.setdefault(row.target, row)
+        if (first.sources, first.pattern) == (row.sources, row.pattern):
+            continue
+        weights = ours.backend.read(ours.model, [*first.sources, *row.sources])
+        values = first.carry(weights), row.carry(weights)
+        if values[0] is None or values[1] is None or not np.array_equal(values[0], values[1]):
+            raise MappingError(
+                f"the target ties {row.target!r}, which would come from both {first.sources} and {row.sources}, and "
+                f"these differ: untie it in the target, or tie them in the source"
+            )
+    return tuple(kept.values())
 
 
 def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str]:
+    if settled.get(match.target) == "structure":
+        return "structure", f"the first of {match.options} that fits what follows; not all others were tried"
     if match.target in settled:
-        return settled[match.target], "several layers would do as well; the names decide"
+        return "name", "several layers would do as well; the names decide"
     if match.input_error == float("inf"):
         return "structure", "its input differs from every source layer's; its kind, shape and order decide"
     if match.output_error > _OUTPUT_TOLERANCE:
@@ -224,14 +251,15 @@ def _never_run(ours: Side, theirs: Side, step: LockStep) -> dict[str, tuple[str,
         if name in step.matches:
             continue
         free = [n for n, other in ours.layers.items() if n not in taken and signature(other) == signature(layer)]
-        likeness = sorted(((resemblance(n, name), n) for n in free), reverse=True)
-        if not likeness or likeness[0][0] < 0.5 or (len(likeness) > 1 and likeness[0][0] == likeness[1][0]):
+        same = [n for n in free if plain_name(n) == plain_name(name)]
+        fitting = same if len(same) == 1 else [n for n in free if names_fit(n, name)]
+        if len(fitting) != 1:
             raise MappingError(
                 f"the target's layer {name!r} ({describe_layer(layer)}) is not reached by the sample, and no name "
                 f"settles its origin (candidates: {', '.join(map(repr, free)) or 'none'}); give one that reaches it"
             )
-        taken.add(likeness[0][1])
-        pairs[name] = likeness[0][1], SAME, "name", "the sample does not reach it; the only name that fits"
+        taken.add(fitting[0])
+        pairs[name] = fitting[0], SAME, "name", "the sample does not reach it; the only name that fits"
     return pairs
 
 

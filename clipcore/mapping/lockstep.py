@@ -51,10 +51,20 @@ def signature(layer: Layer) -> tuple[Any, ...]:
     return layer.kind, *((role, canonical_shape(layer, role)) for role in sorted(needed))
 
 
+def plain_name(name: str) -> tuple[str, ...]:
+    """A name's words and numbers, case and separators aside."""
+    return tuple(re.findall(r"[a-z]+|\d+", name.lower()))
+
+
+def names_fit(source: str, target: str) -> bool:
+    """Whether one name holds every word and number of the other: "text" and "tower_text"."""
+    first, second = set(plain_name(source)), set(plain_name(target))
+    return bool(first and second) and (first <= second or second <= first)
+
+
 def resemblance(source: str, target: str) -> float:
-    """How alike two names are, in [0, 1]: case and separators aside."""
-    plain = [" ".join(re.findall(r"[a-z]+|\d+", name.lower())) for name in (source, target)]
-    return SequenceMatcher(None, plain[0], plain[1]).ratio()
+    """How alike two names are, in [0, 1]: the order in which equals are tried, and never a reason."""
+    return SequenceMatcher(None, " ".join(plain_name(source)), " ".join(plain_name(target))).ratio()
 
 
 def rows_between(source: Layer, target: Layer, arrangement: Arrangement, evidence: Evidence, reason: str) -> list[Row]:
@@ -190,13 +200,19 @@ class LockStep:
         return {name: pair for name, pair in best.items() if pair[0].error <= max(1e-5, 8 * closest)}
 
     def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
-        options = sorted(found, key=lambda name: -resemblance(name, layer))
+        options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))
         chosen = 0
         if len(options) > 1:
             turn = len(self.ties)
             chosen = self.choices[turn] if turn < len(self.choices) else 0
             self.ties.append(Tie(layer, tuple(options), chosen))
         agreement, index = found[options[chosen]]
+        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
+        if agreement.ambiguous and kind and kind.features and self.comparison.may_be_flattened(index):
+            raise MappingError(
+                f"on this sample all features that the target's layer {layer!r} takes are the same: their order "
+                f"after flattening cannot be seen; give another sample"
+            )
         match = Match(
             options[chosen],
             layer,
@@ -217,17 +233,21 @@ class LockStep:
             for name, other in self.comparison.theirs.layers.items()
             if name not in self.matches and signature(other) == wanted
         ]
-        if not names or (len(names) > 1 and len(names) != len(waiting)):
+        fitting = [name for name in names if plain_name(name) == plain_name(layer)]
+        # where no name says anything, the order of execution does, if as many layers are left on both sides
+        speaking = {plain_name(name) for name in names} & {plain_name(name) for name in waiting}
+        if len(fitting) != 1 and (not names or (len(names) > 1 and (speaking or len(names) != len(waiting)))):
             raise MappingError(_no_place(layer, self.comparison.theirs.layers[layer], names, self.comparison.ours))
-        index = next(i for i, call in enumerate(self.comparison.calls) if call.layer == names[0])
-        return Match(names[0], layer, self._expected_arrangement(index, inputs), math.inf), index
+        name = [*fitting, *names][0]
+        index = next(i for i, call in enumerate(self.comparison.calls) if call.layer == name)
+        return Match(name, layer, self._expected_arrangement(index, inputs), math.inf), index
 
     def _expected_arrangement(self, index: int, inputs: list[Array]) -> Arrangement:
         """Where values cannot tell: what the two frameworks' conventions make of such an input."""
         ours = self.comparison.calls[index].inputs
         if not ours or not inputs or ours[0].ndim != inputs[0].ndim:
             return SAME
-        return [SAME, *self.comparison.arrangements(ours[0], index)[1:2]][-1]
+        return self.comparison.expected(ours[0], index)
 
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match

@@ -148,7 +148,11 @@ def as_arrays(sample: Any) -> Any:
     if isinstance(sample, list):
         sample = np.asarray(sample)
     arrays = map_leaves(_to_array, sample)
+    if not list(leaves(arrays)):
+        raise InvalidInput(f"sample is {sample!r}; expected an array or tensor, or a tuple or dict of them")
     for path, array in leaves(arrays):
+        if array.size == 0:
+            raise InvalidInput(f"sample{path} has shape {array.shape}, no element: nothing would be compared")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InvalidInput(f"sample{path} holds NaN or inf: no comparison would mean anything; give finite numbers")
     return arrays

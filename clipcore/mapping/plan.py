@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class Plan:
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as err:
             raise MappingError(f"{path} is no plan: {err}; write one with plan.save") from err
         schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
@@ -148,7 +149,7 @@ class Plan:
                 unused=tuple(document["unused"]),
                 differences=tuple(Difference(**entry) for entry in document["differences"]),
             )
-        except (KeyError, TypeError) as err:
+        except (KeyError, TypeError, ValueError) as err:
             raise MappingError(f"{path} is no whole plan: {err}; make the plan anew") from err
 
     def __str__(self) -> str:
@@ -171,4 +172,15 @@ def _row(**entry: Any) -> Row:
     unknown = set(entry) - {f.name for f in fields(Row)}
     if unknown:
         raise TypeError(f"a row has the unknown entries {sorted(unknown)}")
-    return Row(**{**entry, "sources": tuple(entry["sources"])})
+    sources, fill, sizes = entry["sources"], entry.get("fill"), entry["sizes"]
+    if not isinstance(sources, list) or len(sources) > 1 or not all(isinstance(name, str) for name in sources):
+        raise TypeError(f"sources is {sources!r}; expected a list of one name, or of none")
+    if not sources and not (isinstance(fill, int | float) and math.isfinite(fill)):
+        raise TypeError(f"a row without a source has fill {fill!r}; expected a number")
+    if sources and not (isinstance(entry["pattern"], str) and entry["pattern"].count(" -> ") == 1):
+        raise TypeError(f"pattern is {entry['pattern']!r}; expected 'axes -> axes'")
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise TypeError(f"sizes is {sizes!r}; expected lengths by axis")
+    if entry["evidence"] not in get_args(Evidence):
+        raise TypeError(f"evidence is {entry['evidence']!r}; expected one of {get_args(Evidence)}")
+    return Row(**{**entry, "sources": tuple(sources)})

@@ -110,12 +110,23 @@ def migrate(
 
 
 def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
-    """Refuse a plan that was made for other models."""
+    """Refuse what is no plan, and a plan that was made for other models."""
+    if not isinstance(plan, Plan):
+        raise InvalidInput(
+            f"plan is {plan!r:.60} of type {type(plan).__name__}; expected a Plan (cc.plan, cc.Plan.load); "
+            f"a sample goes as sample="
+        )
     for side, name in ((ours, plan.source), (theirs, plan.target)):
         if side.backend.name != name:
             raise MappingError(
                 f"the plan's {side.which} is a model of {name!r}, and this one is of {side.backend.name!r}; "
                 f"make a plan for these models"
+            )
+    targets = [row.target for row in plan.rows]
+    for name, tensor in theirs.tensors.items():
+        if targets.count(name) != 1 and not (name not in targets and tensor.role == "batch_count"):
+            raise MappingError(
+                f"the plan has {targets.count(name)} rows for the target's {name!r}; expected one: make it anew"
             )
     for row in plan.rows:
         for side, wanted in ((ours, row.sources), (theirs, (row.target,))):
@@ -199,14 +210,14 @@ def _value(row: Row, tensor: Tensor, weights: Mapping[str, Array]) -> Array:
     carried = row.carry(weights)
     dtype = numpy_dtype(tensor.dtype)
     if carried is None:
-        return np.full(tensor.shape, row.fill, dtype)
+        return np.broadcast_to(np.asarray(row.fill, dtype), tensor.shape)
     if carried.shape != tensor.shape:
         raise MigrationError(
             f"layer {row.target_layer!r}: {row.role} from {row.sources[0]!r} has shape {carried.shape} after "
             f"[{row.pattern}]; the target's {row.target!r} expects {tensor.shape}; nothing was written: make a plan "
             f"for these models"
         )
-    value = carried.astype(dtype)
+    value = carried.astype(dtype, copy=False)
     if carried.dtype != dtype and not np.array_equal(value.astype(carried.dtype), carried):
         raise MigrationError(
             f"{row.sources[0]!r} is {carried.dtype.name} and the target's {row.target!r} {dtype.name}, which would "

@@ -65,7 +65,9 @@ def compare_layers(
         remaining = places.get(origin.get(call.layer, ""), [])
         if not remaining:
             continue
-        index = remaining.pop(0)
+        # of several calls of a shared layer, the one with this input
+        index = min(remaining, key=lambda i: comparison.inputs(i, call.layer, call.inputs).error)
+        remaining.remove(index)
         error = comparison.layer_outputs(index, call.layer, call.output)[1]
         layers.append(LayerAgreement(origin[call.layer], call.layer, error))
         if divergence is None and (error > _TOLERANCE or call.layer in stale):

@@ -85,9 +85,9 @@ def verify(
     ours, theirs = Side(source, "source"), Side(target, "target")
     sample = as_arrays(sample)
     given = None if target_sample is None else as_arrays(target_sample)
-    if plan:
+    if plan is not None:
         check_fits(plan, ours, theirs)
-    known, why_none = (plan, "") if plan else _sought(source, target, sample, given)
+    known, why_none = (plan, "") if plan is not None else _sought(source, target, sample, given)
     with written(ours, known.limited if known else {}):
         runs = list(_runs(ours, theirs, sample, given))
         floor = max(_noise_floor(ours, run.sample, run.outputs[0]) for run in runs)
@@ -98,7 +98,8 @@ def verify(
     allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)
     # Whoever gives a plan claims that it was applied: then every tensor and every proven layer must bear it out, since
     # one sample's outputs can hide a fault.
-    ok = worst <= allowed and (plan is None or _bears_out(plan, layers, divergence, allowed))
+    vacuous = _says_nothing(runs[0].outputs[0], proven_otherwise=plan is not None)
+    ok = worst <= allowed and not vacuous and (plan is None or _bears_out(plan, layers, divergence, allowed))
     return Verification(
         ok,
         worst,
@@ -107,8 +108,22 @@ def verify(
         known.differences if known else (),
         tuple(layers),
         tuple(describe(run.sample) for run in runs),
-        "" if ok else _reason(divergence, runs[0], why_none),
+        "" if ok else vacuous or _reason(divergence, runs[0], why_none),
     )
+
+
+def _says_nothing(outputs: Any, proven_otherwise: bool) -> str:
+    """Why a sample's outputs prove nothing; empty where they do."""
+    for path, value in leaves(outputs):
+        if value.dtype.kind in "biu":
+            continue
+        if np.isnan(value).any():
+            return f"the source's output{path} holds NaN on this sample: give another sample"
+        if not proven_otherwise and value.size > 1 and (value == value.flat[0]).all():
+            return (
+                f"the source's output{path} is the same everywhere on this sample, which proves nothing: give another"
+            )
+    return ""
 
 
 def _bears_out(plan: Plan, layers: Sequence[LayerAgreement], divergence: Divergence | None, allowed: float) -> bool:
@@ -160,17 +175,20 @@ def _one_smaller(array: Array, convention: str) -> Array:
 def _run(ours: Side, theirs: Side, sample: Any, target_sample: Any) -> _Run:
     calls, outputs = record(ours, sample)
     forms = [target_sample] if target_sample is not None else target_samples(sample, ours, theirs)
-    failure: InvalidInput | None = None
+    runs, failures = [], []
     for form in forms:
         try:
             other_calls, other = record(theirs, form)
         except InvalidInput as err:
-            failure = failure or err
+            failures.append(err)
             continue
         error = Comparison(ours, theirs, calls).model_outputs(outputs, other)
-        return _Run(sample, form, (calls, other_calls), (outputs, other), error)
-    assert failure is not None
-    raise failure
+        runs.append(_Run(sample, form, (calls, other_calls), (outputs, other), error))
+        if error <= _TOLERANCE:
+            break
+    if not runs:
+        raise failures[0]
+    return min(runs, key=lambda run: run.error)
 
 
 def _noise_floor(ours: Side, sample: Any, outputs: Any) -> float:

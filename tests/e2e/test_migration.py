@@ -527,3 +527,111 @@ def test_a_plan_for_other_models_is_refused():
 def test_neither_a_plan_nor_a_sample_is_refused():
     with pytest.raises(cc.InvalidInput, match="plan or a sample"):
         cc.migrate(small_torch(), small_keras())
+
+
+class Branches(nn.Module):
+    """Two convolutions side by side, flattened together."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 1), nn.Linear(6 * 16, 2)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.left(x), self.right(x)], 1).flatten(1))
+
+
+def branches_in_keras():
+    inputs = keras.Input((4, 4, 3))
+    x = L.Concatenate()([L.Conv2D(2, 1)(inputs), L.Conv2D(4, 1)(inputs)])
+    return keras.Model(inputs, L.Dense(2)(L.Flatten()(x)))
+
+
+def test_the_order_behind_a_flatten_is_found_without_a_layer_that_tells_the_channels():
+    sample = SAMPLE[:, :, :4, :4]
+    for source, target in (
+        (Branches(), branches_in_keras()),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(48, 2)),
+            keras.Sequential([keras.Input((4, 4, 3)), L.Flatten(), L.Dense(2)]),
+        ),
+    ):
+        plan = cc.plan(randomised(source, 1), randomised(target, 2), sample=sample)
+        cc.migrate(source, target, plan=plan)
+        assert cc.verify(source, target, sample=sample, plan=plan).ok
+        assert {row.evidence for row in plan.rows} == {"proven"}
+
+
+def test_features_that_the_sample_does_not_tell_apart_are_an_error_and_no_guess():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    with torch.no_grad():
+        source[1].weight.fill_(1e-3)
+        source[1].weight[0] = 2e-3
+        source[1].bias.copy_(torch.tensor([-50.0, -60.0, -70.0, -80.0]))
+    with pytest.raises(cc.MappingError, match=r"order.*cannot be seen; give another sample"):
+        cc.plan(source, target, sample=SAMPLE)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.table(tokens)))
+
+
+def test_tied_weights_take_equal_tensors_and_refuse_different_ones():
+    tokens = np.arange(9)[None]
+    for first, second in ((True, True), (True, False)):
+        source, target = randomised(Tied(first), 1), randomised(Tied(second), 2)
+        cc.migrate(source, target, sample=tokens)
+        assert cc.verify(source, target, sample=tokens).ok
+    with pytest.raises(cc.MappingError, match=r"ties 'table\.weight'"):
+        cc.plan(randomised(Tied(False), 1), Tied(True), sample=tokens)
+
+
+class Named(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.mean, self.spread, self.order = nn.Linear(4, 3), nn.Linear(4, 3), order
+
+    def forward(self, x):
+        results = {"mean": self.mean(x), "spread": self.spread(x)}
+        return {name: results[name] for name in self.order}
+
+
+def test_outputs_with_names_are_compared_by_name():
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    source, target = randomised(Named(["mean", "spread"]), 1), randomised(Named(["spread", "mean"]), 2)
+    plan = cc.plan(source, target, sample=x)
+    cc.migrate(source, target, plan=plan)
+    assert {row.target: row.sources[0] for row in plan.rows} == {row.target: row.target for row in plan.rows}
+    assert cc.verify(source, target, sample=x).ok
+    target.mean, target.spread = target.spread, target.mean
+    assert not cc.verify(source, target, sample=x).ok
+
+
+def test_outputs_that_are_the_same_everywhere_or_nan_prove_nothing():
+    first, second = randomised(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 1), nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    for model in (first, randomised(second, 2)):
+        model[0].bias.data.fill_(-100.0)
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    assert not cc.verify(first, second, sample=x).ok
+    first[0].bias.data.fill_(float("nan"))
+    second[0].bias.data.fill_(float("nan"))
+    assert not cc.verify(first, second, sample=x).ok
+    with pytest.raises(cc.InvalidInput, match="no element"):
+        cc.verify(first, second, sample=x[:0])
+
+
+def test_an_edited_plan_is_refused_before_anything_is_written(tmp_path):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    plan, before = cc.plan(source, target, sample=SAMPLE), contents(target)
+    for rows in (plan.rows[1:], (*plan.rows, plan.rows[0])):
+        with pytest.raises(cc.MappingError, match="rows for the target's 'conv/kernel'"):
+            cc.migrate(source, target, plan=cc.Plan(plan.source, plan.target, rows))
+    with pytest.raises(cc.InvalidInput, match="a sample goes as sample="):
+        cc.migrate(source, target, SAMPLE)
+    assert_bitwise_equal(before, contents(target))

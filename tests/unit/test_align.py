@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from clipcore.mapping.align import SAME, agree, arrangements, relative_error
+from clipcore.mapping.align import SAME, agree, flattened, relative_error
 
 RNG = np.random.default_rng(0)
-FIRST_TO_LAST = ("first", "last")
 
 
 def test_relative_error_is_the_largest_difference_over_the_largest_magnitude():
@@ -33,21 +32,34 @@ def test_the_same_faults_in_the_same_places_agree():
 
 def test_a_moved_channel_axis_is_found_by_value():
     source = RNG.standard_normal((2, 3, 4, 5))
-    found = agree(source, source.transpose(0, 2, 3, 1), arrangements(4, 5, FIRST_TO_LAST, ()))
+    found = agree(source, source.transpose(0, 2, 3, 1))
     assert found.error == 0
     assert found.arrangement.target == "batch ... channel"
+
+
+def orders(features, channels):
+    return lambda: flattened(features, channels, first=True)
 
 
 def test_the_order_of_a_flattened_feature_map_is_found_by_value_and_not_taken_for_a_plain_one():
     feature_map = RNG.standard_normal((2, 3, 4, 5))
     source = feature_map.reshape(2, -1)
     target = feature_map.transpose(0, 2, 3, 1).reshape(2, -1)
-    found = agree(source, target, arrangements(2, 60, FIRST_TO_LAST, (3,)))
+    found = agree(source, target, orders(60, [3]))
     assert found.error == 0
-    assert found.arrangement != SAME
-    assert agree(source, source, arrangements(2, 60, FIRST_TO_LAST, (3,))).arrangement == SAME
-    assert agree(source, target, arrangements(2, 60, FIRST_TO_LAST, (4,))).error > 0.1
+    assert dict(found.arrangement.sizes) == {"channel": 3}
+    assert agree(source, source, orders(60, [3])).arrangement == SAME
 
 
-def test_two_frameworks_of_one_convention_rearrange_nothing():
-    assert arrangements(4, 60, ("first", "first"), (3, 4)) == [SAME]
+def test_a_number_of_channels_that_no_one_expected_is_found_as_well():
+    feature_map = RNG.standard_normal((2, 6, 10))
+    source, target = feature_map.reshape(2, -1), feature_map.transpose(0, 2, 1).reshape(2, -1)
+    for ours, theirs in ((source, target), (target, source)):
+        found = agree(ours, theirs, orders(60, [4]))
+        assert found.error == 0
+        np.testing.assert_array_equal(found.arrangement.apply(ours), theirs)
+
+
+def test_features_that_are_all_the_same_leave_their_order_open():
+    assert agree(np.zeros((2, 12)), np.zeros((2, 12)), orders(12, [3])).ambiguous
+    assert not agree(source := RNG.standard_normal((2, 12)), source, orders(12, [3])).ambiguous

@@ -101,3 +101,20 @@ def test_threads_clip_at_the_same_time():
     for thread in threads:
         thread.join()
     assert results == expected
+
+
+@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[::-1], lambda x: x.reshape(-1)])
+def test_a_view_of_the_same_memory_is_scaled_once_in_place(view):
+    grad = np.full((2, 2), 3.0)
+    report = cc.clip_([grad, view(grad)], POLICY)
+    assert report.norm == 6
+    np.testing.assert_array_equal(grad, np.full((2, 2), 3 * (1 / 6)))
+
+
+def test_memories_that_overlap_in_part_are_refused_and_left_alone():
+    grad = np.full(6, 3.0)
+    with pytest.raises(cc.InvalidInput, match=r"grads\[0\] and grads\[1\] overlap"):
+        cc.clip_([grad[:4], grad[2:]], POLICY)
+    np.testing.assert_array_equal(grad, np.full(6, 3.0))
+    cc.clip_([grad[::2], grad[1::2]], POLICY)
+    np.testing.assert_allclose(grad, np.full(6, 6**-0.5))

@@ -66,3 +66,30 @@ def test_the_printed_plan_names_every_tensor_its_origin_and_its_evidence():
     text = str(PLAN)
     for part in ("fc/kernel", "fc.weight", "proven", "head.weight", "eps"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"sources": []},
+        {"sources": [], "fill": float("nan")},
+        {"sources": ["a", "b"]},
+        {"sources": "fc.weight"},
+        {"pattern": "banana"},
+        {"pattern": 3},
+        {"sizes": [1]},
+        {"evidence": "banana"},
+    ],
+)
+def test_an_edited_row_that_means_nothing_is_refused(tmp_path, edit):
+    document = PLAN.to_dict()
+    document["rows"][0].update(edit)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(cc.MappingError, match=r"plan\.json"):
+        cc.Plan.load(path)
+
+
+def test_a_plan_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(cc.MappingError, match="nowhere"):
+        cc.Plan.load(tmp_path / "nowhere.json")

@@ -133,3 +133,40 @@ def test_a_backend_named_twice_is_an_error_that_names_both_owners_and_the_others
     assert "'healthy' is named twice" in said
     assert "clipcore-healthy" in said
     assert "clipcore-other" in said
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise SystemExit('no GPU')",
+        "import clipcore as cc\n@cc.hookimpl\ndef clipcore_backend(surprise): pass",
+        "import clipcore as cc\n@cc.hookimpl\ndef clipcore_root_modules(): return 5\n"
+        "@cc.hookimpl\ndef clipcore_backend(): return 5",
+    ],
+)
+def test_whatever_a_plugin_does_wrong_is_its_own_backend_error(tmp_path, fault):
+    plugin(tmp_path, "faulty", fault)
+    code = """
+        import clipcore as cc
+        for ask in (lambda: cc.get_backend("faulty"), lambda: cc.backend_of(object())):
+            try:
+                ask()
+            except cc.BackendError as err:
+                assert "faulty" in str(err), err
+        print(cc.get_backend("numpy").name)
+    """
+    assert run(tmp_path, code) == "numpy"
+
+
+def test_two_threads_may_be_the_first_to_ask(tmp_path):
+    plugin(tmp_path, "slow", "import time; time.sleep(0.2)" + HEALTHY.replace("\n    ", "\n"))
+    code = """
+        import threading
+        import clipcore as cc
+        names = []
+        threads = [threading.Thread(target=lambda: names.append(cc.get_backend("slow").name)) for _ in range(6)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(len(names))
+    """
+    assert run(tmp_path, code) == "6"

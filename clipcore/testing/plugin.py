@@ -28,7 +28,7 @@ settings.register_profile(
     report_multiple_bugs=False,
     **_COMMON,
 )
-settings.register_profile("clipcore-thorough", max_examples=2000, print_blob=True, **_COMMON)
+settings.register_profile("clipcore-thorough", max_examples=500, print_blob=True, **_COMMON)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import clipcore as cc
-from clipcore.testing.tensors import as_array, as_tensors
+from clipcore.testing import checks
+from clipcore.testing.tensors import as_array, as_arrays, as_tensors
 
 F16, BF16, F32, F64, C64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64
 
@@ -180,22 +181,22 @@ def compiled(backend, function):
     return None
 
 
-# TensorFlow's kernels flush what is subnormal in float32: these rows have nothing of the sort
-COMPILED = [row for row in GLOBAL_NORM if row not in ("1,000 tensors of bfloat16", "3,000 tensors of float16")]
+# thousands of tensors take a compiler longer than all other rows together, and show it nothing new
+COMPILED = [row for row in GLOBAL_NORM if len(GLOBAL_NORM[row][0]) < 10]
 
 
 @pytest.mark.parametrize("row", COMPILED)
 def test_inside_a_compiled_function_every_row_is_right_within_one_unit(backend, row):
-    arrays, limit, exact, norm = GLOBAL_NORM[row]
+    arrays, limit, _, norm = GLOBAL_NORM[row]
     policy = cc.ClipByGlobalNorm(limit)
     function = compiled(backend, lambda grads: cc.clip(grads, policy))
     if function is None:
         assert backend.name == "numpy"
         return
     clipped, report = function(as_tensors(backend, arrays))
-    first = as_array(backend, clipped[0])
-    kind = first.dtype.type
-    np.testing.assert_allclose(first[: len(exact)].astype(complex), exact, rtol=6 * UNIT[kind], atol=2 * SMALLEST[kind])
+    # what is smaller than the smallest normal number may be flushed to zero: TensorFlow's kernels do
+    flushed = checks.coarsest(checks.smallest_normal, arrays)
+    checks.assert_close(as_arrays(backend, clipped), cc.clip(arrays, policy)[0], ulps=1, absolute=flushed)
     assert float(report.norm) == pytest.approx(norm, rel=1e-14)
     assert bool(report.clipped) == (norm > limit)
 

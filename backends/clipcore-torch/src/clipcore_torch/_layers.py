@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -177,5 +176,5 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_floating(model: nn.Module) -> Tensor | None:
-    """The model's first floating parameter, whose dtype and device its inputs take."""
-    return next((p for p in model.parameters() if torch.is_floating_point(p)), None)
+    """The model's first floating parameter, else buffer, whose dtype and device its inputs take."""
+    return next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)

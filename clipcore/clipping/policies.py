@@ -32,7 +32,8 @@ class Policy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _POLICIES[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            _POLICIES[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         if self.nonfinite not in get_args(NonFiniteMode):
@@ -84,8 +85,22 @@ def _check_number(policy: Policy, name: str, low: float, high: float = math.inf)
     object.__setattr__(policy, name, number)
 
 
+@dataclass(frozen=True)
+class _NormPolicy(Policy):
+    """What policies have in common that hold groups of tensors to a p-norm."""
+
+    max_norm: float
+    _: KW_ONLY
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self, "max_norm", 0.0)
+        _check_number(self, "p", 1.0)
+
+
 def _bound_groups(
-    policy: ClipByNorm | ClipByGlobalNorm, groups: Sequence[Sequence[Any]], primitives: Primitives
+    policy: _NormPolicy, groups: Sequence[Sequence[Any]], primitives: Primitives
 ) -> tuple[list[list[Any]], ClipReport]:
     """Each group of tensors held to the policy's norm by a factor of its own."""
     zero = policy.nonfinite == "zero"
@@ -136,7 +151,7 @@ class ClipByValue(Policy):
 
 
 @dataclass(frozen=True)
-class ClipByNorm(Policy):
+class ClipByNorm(_NormPolicy):
     """Shrink each tensor on its own so that its p-norm is at most `max_norm`.
 
     Per tensor: g * max_norm / ||g||_p where ||g||_p > max_norm, else g itself. A tensor of zeros, or of no elements,
@@ -155,22 +170,13 @@ class ClipByNorm(Policy):
     [array([0.6, 0.8]), array([0.5])]
     """
 
-    max_norm: float
-    _: KW_ONLY
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_number(self, "max_norm", 0.0)
-        _check_number(self, "p", 1.0)
-
     def bound(self, tensors: Sequence[Any], primitives: Primitives) -> tuple[list[Any], ClipReport]:
         bounded, report = _bound_groups(self, [[tensor] for tensor in tensors], primitives)
         return [tensor for group in bounded for tensor in group], report
 
 
 @dataclass(frozen=True)
-class ClipByGlobalNorm(Policy):
+class ClipByGlobalNorm(_NormPolicy):
     """Shrink all tensors together so that their joint p-norm is at most `max_norm`.
 
     All: g * max_norm / norm where norm = (sum of |g|**p over every element of every tensor)**(1/p) > max_norm, else
@@ -190,15 +196,6 @@ class ClipByGlobalNorm(Policy):
     >>> clipped, report.norm, report.scale
     ([array([0.6]), array([0.8])], 5.0, 0.2)
     """
-
-    max_norm: float
-    _: KW_ONLY
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_number(self, "max_norm", 0.0)
-        _check_number(self, "p", 1.0)
 
     def bound(self, tensors: Sequence[Any], primitives: Primitives) -> tuple[list[Any], ClipReport]:
         bounded, report = _bound_groups(self, [tensors], primitives)

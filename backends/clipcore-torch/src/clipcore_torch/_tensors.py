@@ -14,14 +14,15 @@ from clipcore.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# dtypes that torch has and NumPy gets from ml_dtypes, and the integers of the same size through which they pass
-_EXTENDED: dict[str, torch.dtype] = {
-    "bfloat16": torch.int16,
-    "float8_e4m3fn": torch.uint8,
-    "float8_e5m2": torch.uint8,
-    "float8_e4m3fnuz": torch.uint8,
-    "float8_e5m2fnuz": torch.uint8,
+# dtypes that torch has and NumPy gets from ml_dtypes under the same name, and the integers through which they pass
+_EXTENDED: dict[torch.dtype, tuple[torch.dtype, np.dtype[Any]]] = {
+    torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
+    torch.float8_e4m3fn: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fn)),
+    torch.float8_e5m2: (torch.uint8, np.dtype(ml_dtypes.float8_e5m2)),
+    torch.float8_e4m3fnuz: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fnuz)),
+    torch.float8_e5m2fnuz: (torch.uint8, np.dtype(ml_dtypes.float8_e5m2fnuz)),
 }
+_TORCH_DTYPES = {array_dtype: dtype for dtype, (_, array_dtype) in _EXTENDED.items()}
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -60,13 +61,13 @@ def _is_on_host(tensor: Tensor) -> bool:
     # a subclass (FakeTensor, DTensor, a quantised tensor) may have no memory, or give it another meaning
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.layout in (torch.strided, torch.sparse_coo)
+        and tensor.is_cpu
+        and (tensor.layout is torch.strided or tensor.is_sparse)
     )
 
 
 def _refuse_shared_elements(tensor: Tensor, index: int) -> None:
-    if tensor.layout is not torch.strided or tensor.numel() == 0:
+    if tensor.is_sparse or 0 not in tensor.stride() or tensor.numel() == 0:
         return
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise InvalidInput(
@@ -79,22 +80,22 @@ def _announce_writes(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors change, as in-place operations do: it then refuses what it saved of them."""
     for tensor in tensors:
         if not tensor.is_inference():
-            torch.autograd.graph.increment_version(values_of(tensor).detach())
+            torch.autograd.graph.increment_version(tensor)
 
 
 def memory(tensor: Tensor) -> Array:
     """A CPU tensor's elements as an array, without a copy unless conjugation or coalescing needs one."""
-    return _as_array(values_of(tensor.detach()).resolve_conj().resolve_neg())
+    return _as_array(values_of(tensor.detach() if tensor.requires_grad else tensor))
 
 
 def values_of(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a sparse one its values after duplicates were summed."""
-    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def with_values(like: Tensor | None, values: Tensor) -> Tensor:
     """A tensor with other values: for a sparse `like` at its coalesced indices, else `values` itself."""
-    if like is None or like.layout is not torch.sparse_coo:
+    if like is None or not like.is_sparse:
         return values
     indices = like.coalesce().indices()
     return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True, check_invariants=False)
@@ -114,14 +115,16 @@ def to_array(tensor: Tensor) -> Array:
     """A tensor of any device and layout as a dense array, possibly a view of its memory."""
     tensor = tensor.detach()
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    return _as_array(dense.cpu().resolve_conj().resolve_neg())
+    return _as_array(dense.cpu())
 
 
 def _as_array(tensor: Tensor) -> Array:
-    bits = _EXTENDED.get(dtype_name(tensor))
-    if bits is None:
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.dtype not in _EXTENDED:
         return tensor.numpy()
-    return tensor.view(bits).numpy().view(getattr(ml_dtypes, dtype_name(tensor)))
+    integers, dtype = _EXTENDED[tensor.dtype]
+    return tensor.view(integers).numpy().view(dtype)
 
 
 def as_tensor(array: Array) -> Tensor:
@@ -129,8 +132,7 @@ def as_tensor(array: Array) -> Tensor:
     array = np.asarray(array)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    bits = _EXTENDED.get(array.dtype.name)
-    if bits is None:
+    dtype = _TORCH_DTYPES.get(array.dtype)
+    if dtype is None:
         return torch.from_numpy(array)
-    integers = array.view(str(bits).removeprefix("torch."))
-    return torch.from_numpy(integers).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array.view(f"int{8 * array.itemsize}")).view(dtype)

@@ -120,7 +120,7 @@ def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], lis
     owner = get_backend(name) if name or not tensors else _owner(tensors[0], paths[0])
     for path, tensor in pairs:
         if not owner.is_tensor(tensor):
-            raise InvalidInput(_stranger(path, tensor, "" if name else f"grads{paths[0]}", owner))
+            raise InvalidInput(_stranger(path, tensor, "" if path == paths[0] else f"grads{paths[0]}", owner))
         dtype = owner.dtype_name(tensor)
         if dtype not in MULTIPLY_DTYPE:
             raise InvalidInput(f"grads{path} has dtype {dtype}; expected one of {', '.join(MULTIPLY_DTYPE)}")

@@ -118,3 +118,8 @@ def test_memories_that_overlap_in_part_are_refused_and_left_alone():
     np.testing.assert_array_equal(grad, np.full(6, 3.0))
     cc.clip_([grad[::2], grad[1::2]], POLICY)
     np.testing.assert_allclose(grad, np.full(6, 6**-0.5))
+
+
+def test_a_backend_can_be_named():
+    clipped, _ = cc.clip([np.array([3.0, 4.0])], POLICY, backend="numpy")
+    np.testing.assert_array_equal(clipped[0], [3 * 0.2, 4 * 0.2])

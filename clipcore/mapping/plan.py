@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from clipcore.errors import MappingError
+from clipcore.errors import InvalidInput, MappingError
 from clipcore.mapping.layouts import apply_pattern
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -124,8 +124,13 @@ class Plan:
         """Write the plan as JSON: the same bytes for the same plan, and the old file or the new one, whole."""
         text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         part = Path(f"{path}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        except OSError as err:
+            raise InvalidInput(
+                f"the plan cannot be written to {path}: {err}; name a file in a folder that is there"
+            ) from err
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -91,8 +91,9 @@ def verify(
     with written(ours, known.limited if known else {}):
         runs = list(_runs(ours, theirs, sample, given))
         floor = max(_noise_floor(ours, run.sample, run.outputs[0]) for run in runs)
-        worst = max(run.error for run in runs)
-        layers, divergence = compare_layers(ours, theirs, known, *runs[0].calls) if known else ([], None)
+        worst_run = max(runs, key=lambda run: run.error)
+        worst = worst_run.error
+        layers, divergence = compare_layers(ours, theirs, known, *worst_run.calls) if known else ([], None)
         if plan:
             worst = max(worst, _hidden_error(ours, theirs, plan, runs[0]))
     allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)

@@ -32,7 +32,7 @@ def agreement(layers: Mapping[str, Sequence[Any]], tolerance: float, folder: Pat
     smallest = 1e-9  # equal bits have no place on a logarithmic axis
     for name, marker, color in zip(layers, "os", (BLUE, ORANGE), strict=True):
         errors = [max(layer.rel_error, smallest) for layer in layers[name]]
-        axes.plot(errors, np.arange(len(errors)), marker, color=color, label=name, fillstyle="none")
+        axes.plot(errors, np.arange(len(errors)), marker, color=color, label=f"B's weights, {name}", fillstyle="none")
     names = [f"{layer.source} = {layer.target}" for layer in next(iter(layers.values()))]
     axes.axvline(tolerance, color=GREY, linewidth=1, label=f"at most {tolerance:g}")
     axes.set(xscale="log", xlim=(smallest / 2, 10 * tolerance), xlabel="relative error (1e-9: none)")

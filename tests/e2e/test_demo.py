@@ -9,7 +9,7 @@ import pytest
 
 CLIPCORE = Path(sysconfig.get_path("scripts")) / "clipcore"
 PICTURES = ["agreement.png", "gradient-norms.png"]
-ARMS = ["fresh weights", "B's weights", "B's weights, limited"]
+ARMS = ["A from scratch", "A with B's", "A, B's limited"]
 
 
 def run(folder, *arguments):
@@ -73,8 +73,8 @@ def test_b_learned_the_digits_and_a_brings_them_along(figures):
     arms = figures["arms"]
 
     assert figures["accuracy_b"] > 0.95
-    assert arms["B's weights"]["old_before"] == pytest.approx([figures["accuracy_b"]] * 3)
-    assert max(arms["fresh weights"]["old_before"]) < 0.5
+    assert arms["unlimited"]["old_before"] == pytest.approx([figures["accuracy_b"]] * 3)
+    assert max(arms["scratch"]["old_before"]) < 0.5
     assert all(min(arm["new"]) > max(arm["new_before"]) for arm in arms.values())
 
 

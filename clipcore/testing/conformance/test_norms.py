@@ -61,6 +61,40 @@ def test_many_elements_equal_the_reference_in_every_bit(backend: Backend) -> Non
     checks.assert_like_reference(as_arrays(backend, clipped), policy, inputs)
 
 
+def at_the_edge(norm: float, factor: float, step: float) -> float:
+    """A limit for which limit / norm stands between `factor` and the next number of float32, at the middle of the two.
+
+    There the fast sum cannot tell which way the factor is rounded; `step` units of float64 to either side it can.
+    """
+    below = np.float32(factor)
+    middle = (float(below) + float(np.nextafter(below, np.float32(2)))) / 2
+    return norm * middle * (1 + step * 2.0**-53)
+
+
+@given(
+    grads=lists_of(arrays(st.sampled_from(["float16", "bfloat16", "float32", "complex64"]))),
+    factor=st.floats(2.0**-120, 0.99),
+    step=st.integers(-4, 4),
+    p=st.sampled_from([1.0, 2.0, 3.0, math.inf]),
+)
+def test_at_the_edge_of_a_rounding_the_factor_is_that_of_the_exact_sum(
+    backend: Backend, grads: list[Array], factor: float, step: int, p: float
+) -> None:
+    _, norm = checks.expected(cc.ClipByGlobalNorm(math.inf, p=p), grads)
+    policy = cc.ClipByGlobalNorm(at_the_edge(norm, factor, step), p=p)
+    clipped, _ = clip(backend, as_tensors(backend, grads), policy)
+    checks.assert_like_reference(as_arrays(backend, clipped), policy, grads)
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_at_the_edge_of_a_rounding_many_elements_are_summed_exactly(backend: Backend, step: int) -> None:
+    inputs = [np.random.default_rng(step + 1).standard_normal(3000).astype(np.float32)]
+    _, norm = checks.expected(cc.ClipByGlobalNorm(math.inf), inputs)
+    policy = cc.ClipByGlobalNorm(at_the_edge(norm, 0.3, step))
+    clipped, _ = clip(backend, as_tensors(backend, inputs), policy)
+    checks.assert_like_reference(as_arrays(backend, clipped), policy, inputs)
+
+
 @given(case=norm_cases())
 def test_the_reported_norm_and_factor_are_within_1e_14(backend: Backend, case: Case) -> None:
     _, report = clip(backend, as_tensors(backend, case.tensors), case.policy)

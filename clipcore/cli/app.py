@@ -176,7 +176,7 @@ def verify(
         target_model = _load(running, target, target_weights)
         with running.step("verifying"):
             check = cc.verify(source_model, target_model, sample=x, plan=known)
-        running.answer(check.to_dict(), *views.verification(check))
+        running.answer(check.to_dict(), *views.differences(check), *views.verification(check))
         if not check.ok:
             raise typer.Exit(NOT_VERIFIED)
 

@@ -26,7 +26,7 @@ def plan(found: Any) -> Iterator[Table | Text]:
         origin = ", ".join(row.sources) or f"filled with {row.fill:g}"
         shown.add_row(row.target, origin, Text(row.pattern), f"{row.evidence}: {row.reason}")
     yield shown
-    yield from _differences(found.differences)
+    yield from differences(found)
     if found.unused:
         yield Text(f"The source's tensors that nothing takes: {', '.join(found.unused)}")
 
@@ -43,7 +43,7 @@ def migration(result: Any, output: str) -> Iterator[Table | Text]:
     if limited:
         clipped = sum(bool(tensor.clipped) for tensor in result.tensors)
         yield Text(f"The limit clipped {clipped} of {len(result.tensors)} tensors.")
-    yield from _differences(result.plan.differences)
+    yield from differences(result.plan)
     yield Text(f"The target's weights are in {output}.")
 
 
@@ -53,11 +53,8 @@ def verification(check: Any) -> Iterator[Table | Text]:
     for layer in check.layers:
         shown.add_row(layer.source, layer.target, number(layer.rel_error))
     yield shown
-    yield from _differences(check.differences)
-    if check.first_divergence is not None:
-        yield Text(f"First divergence: {check.first_divergence}")
     if check.reason:
-        yield Text(f"Reason: {check.reason}")
+        yield Text(f"Why: {check.reason}")
     verdict = "Verified" if check.ok else "Not verified"
     yield Text(
         f"{verdict}: relative error {number(check.max_rel_error)}, noise floor {number(check.noise_floor)}, "
@@ -66,8 +63,9 @@ def verification(check: Any) -> Iterator[Table | Text]:
     )
 
 
-def _differences(differences: Any) -> Iterator[Text]:
-    for difference in differences:
+def differences(found: Any) -> Iterator[Text]:
+    """The settings in which matched layers differ, of a plan or a verification."""
+    for difference in found.differences:
         yield Text(f"Difference: {difference}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -103,19 +104,22 @@ def test_the_reported_norm_and_factor_are_within_1e_14(backend: Backend, case: C
 
 
 def _factor(case: Case) -> float:
+    """The smallest factor, by the definition."""
     groups = [[t] for t in case.tensors] if isinstance(case.policy, cc.ClipByNorm) else [case.tensors]
-    whole = [checks.expected(cc.ClipByGlobalNorm(math.inf, p=case.policy.p), group)[1] for group in groups]
+    norms = [_norm(group, case.policy.p) for group in groups]
     limit = case.policy.max_norm
-    if any(math.isinf(norm) for norm in whole) and limit < math.inf:
-        return 0.0 if limit < 1 else _factor(_shrunk(case))
-    return min((1.0 if norm <= limit else limit / norm for norm in whole), default=1.0)
+    over = [Fraction(limit) / norm for norm in norms if limit < math.inf and norm > limit]
+    return float(min(over, default=1))
 
 
-def _shrunk(case: Case) -> Case:
-    """The same question with gradients and limit 2**-600 times as large: the norm stays within float64."""
-    smaller = [t.astype(np.complex128 if t.dtype.kind == "c" else np.float64) * 2.0**-600 for t in case.tensors]
-    policy = type(case.policy)(case.policy.max_norm * 2.0**-600, p=case.policy.p)
-    return Case(smaller, smaller, policy)
+def _norm(tensors: list[Array], p: float) -> Fraction:
+    """The norm as a rational number: that of float64 tensors can leave the range, or have few digits."""
+    _, norm = checks.expected(cc.ClipByGlobalNorm(math.inf, p=p), tensors)
+    if 1e-290 < norm < math.inf:
+        return Fraction(norm)
+    unit = 2.0**-16 if norm == math.inf else 2.0**100
+    scaled = [(t.real.astype(np.float64) * unit) + 1j * (t.imag.astype(np.float64) * unit) for t in tensors]
+    return Fraction(checks.expected(cc.ClipByGlobalNorm(math.inf, p=p), scaled)[1]) / Fraction(unit)
 
 
 @given(tree=structures(arrays()), policy=st.sampled_from([cc.ClipByGlobalNorm, cc.ClipByNorm]), p=norm_orders())

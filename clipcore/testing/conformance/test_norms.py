@@ -126,8 +126,9 @@ def _norm(tensors: list[Array], p: float) -> Fraction:
 def test_in_range_the_same_tensors_come_back(backend: Backend, tree: Any, policy: Any, p: float) -> None:
     _, norm = checks.expected(cc.ClipByGlobalNorm(math.inf, p=p), [leaf for _, leaf in leaves(tree)])
     tensors = as_tensors(backend, tree)
-    # a norm of float64 under a fractional p is known to 1e-14
-    clipped, report = clip(backend, tensors, policy(norm * (1 + 1e-13), p=p))
+    # a norm of float64 under a fractional p is known to 1e-14, a subnormal one to one unit
+    limit = math.nextafter(norm * (1 + 1e-13), math.inf) if norm else 0.0
+    clipped, report = clip(backend, tensors, policy(limit, p=p))
     checks.assert_same_objects(clipped, tensors)
     assert not report.clipped
 

@@ -25,10 +25,11 @@ _TOLERANCE = {"float16": 5e-2, "bfloat16": 5e-2}
 _DEFAULT_TOLERANCE = 1e-3
 
 
-def tolerance(values: Any) -> float:
-    """The relative error up to which two activations count as the same, by their dtype."""
+def tolerance(ours: Any, theirs: Any) -> float:
+    """The relative error up to which activations of two models count as the same: by the coarser of their dtypes."""
     return max(
-        (_TOLERANCE.get(v.dtype.name, _DEFAULT_TOLERANCE) for _, v in leaves(values)), default=_DEFAULT_TOLERANCE
+        (_TOLERANCE.get(v.dtype.name, _DEFAULT_TOLERANCE) for _, v in leaves([ours, theirs])),
+        default=_DEFAULT_TOLERANCE,
     )
 
 

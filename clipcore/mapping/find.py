@@ -10,7 +10,7 @@ import numpy as np
 from clipcore.backend import Layer
 from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import SAME
-from clipcore.mapping.compare import Comparison
+from clipcore.mapping.compare import Comparison, tolerance
 from clipcore.mapping.differences import differences_between
 from clipcore.mapping.lockstep import (
     Contradiction,
@@ -30,7 +30,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MOST_RUNS = 400  # of the target, over all ties together
 _OUTPUTS = "<outputs>"
 _UNEXPLAINED = "an operation without weights before it (pooling, activation, padding, reshaping) is not the same"
-_OUTPUT_TOLERANCE = 1e-3
 
 
 def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) -> Plan:
@@ -138,7 +137,7 @@ class _Search:
             if step.stopped is not None:
                 raise step.stopped from None
             raise
-        agreed = self._comparison.model_outputs(self._outputs, outputs) <= _OUTPUT_TOLERANCE
+        agreed = self._comparison.model_outputs(self._outputs, outputs) <= tolerance(self._outputs, outputs)
         return step, None if agreed or _OUTPUTS in excused else _OUTPUTS
 
     def _settle(self, step: LockStep) -> dict[str, Evidence]:
@@ -234,7 +233,7 @@ def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str
         return "name", "several layers would do as well; the names decide"
     if match.input_error == float("inf"):
         return "structure", "its input differs from every source layer's; its kind, shape and order decide"
-    if match.output_error > _OUTPUT_TOLERANCE:
+    if not match.same_output:
         return "structure", "saw the same input, but gave another output: see the differences"
     # no figures: an error's last bits may differ from run to run, and a plan has the same bytes for the same models
     reason = "saw the same input and gave the same output"

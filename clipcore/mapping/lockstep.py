@@ -107,7 +107,7 @@ class Match:
     target: str
     arrangement: Arrangement
     input_error: float
-    output_error: float = 0.0
+    same_output: bool = True
     padded: bool = False
     options: int = 1
 
@@ -169,9 +169,9 @@ class LockStep:
     def _after(self, layer: str, output: Any) -> Any | None:
         match, index = self._open.pop()
         replaced, error = self.comparison.layer_outputs(index, layer, output)
-        match.output_error = max(match.output_error, error)
-        if error <= tolerance(output):
+        if error <= tolerance(self.comparison.calls[index].output, output):
             return None
+        match.same_output = False
         if match.options > 1 and layer not in self.excused:
             raise Contradiction(layer)
         return replaced
@@ -192,7 +192,7 @@ class LockStep:
             if call.layer not in names:
                 continue
             agreement = self.comparison.inputs(index, layer, inputs)
-            limit = best[call.layer][0].error if call.layer in best else tolerance(inputs)
+            limit = best[call.layer][0].error if call.layer in best else tolerance(call.inputs, inputs)
             if agreement.error <= limit:
                 best[call.layer] = agreement, index
         closest = min((agreement.error for agreement, _ in best.values()), default=0.0)

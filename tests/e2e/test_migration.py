@@ -635,3 +635,40 @@ def test_an_edited_plan_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(cc.InvalidInput, match="a sample goes as sample="):
         cc.migrate(source, target, SAMPLE)
     assert_bitwise_equal(before, contents(target))
+
+
+class Gated(nn.Module):
+    """Two layers on one input that only their roles in the product tell apart."""
+
+    def __init__(self, strength=1.0, rest=0.0):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.strength, self.rest = strength, rest
+
+    def forward(self, x):
+        return self.o(self.rest * x + self.strength * torch.tanh(self.q(x)) * torch.sigmoid(self.k(x)))
+
+
+def gated_in_keras(names=("first", "second"), dtype="float32", strength=1.0, rest=0.0):
+    """The same; the gate runs first."""
+    inputs = keras.Input((8,), dtype=dtype)
+    gate = L.Dense(8, "sigmoid", name=names[0], dtype=dtype)(inputs)
+    value = L.Dense(8, "tanh", name=names[1], dtype=dtype)(inputs)
+    product = rest * inputs + strength * L.Multiply(dtype=dtype)([gate, value])
+    return keras.Model(inputs, L.Dense(3, name="out", dtype=dtype)(product))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    ("narrow", "dtype"), [(torch.bfloat16, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float32")]
+)
+def test_a_narrow_source_is_compared_within_its_own_rounding_whatever_the_target_is(narrow, dtype, rounded):
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    x = torch.from_numpy(x).to(narrow).float().numpy() if rounded else x
+    source, target = randomised(Gated(), 1).to(narrow), randomised(gated_in_keras(dtype=dtype), 2)
+    plan = cc.plan(source, target, sample=x)
+    assert {row.target_layer: row.source_layer for row in plan.rows} == {"first": "k", "second": "q", "out": "o"}
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    assert not plan.differences
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=x, plan=plan).ok

@@ -38,7 +38,6 @@ _CHANNELS_FIRST, _CHANNELS_LAST = "... (channel spatial)", "... (spatial channel
 class Agreement(NamedTuple):
     """The relative error of two values in the arrangement that makes it smallest.
 
-    `ambiguous`: all features are the same, so that any order of them fits.
     `padded`: they agree once each layer's own padding is counted in, so that a padding layer on one side and a padding
     inside the convolution on the other are the same.
     """
@@ -46,7 +45,6 @@ class Agreement(NamedTuple):
     error: float
     arrangement: Arrangement
     padded: bool = False
-    ambiguous: bool = False
 
 
 def relative_error(source: Array, target: Array) -> float:
@@ -82,10 +80,16 @@ def flattened(features: int, channels: Iterable[int], first: bool) -> list[Arran
         first: whether the source has the channel axis first.
     """
     divisors = [c for c in range(2, features // 2 + 1) if features % c == 0]
-    sides = (_CHANNELS_FIRST, _CHANNELS_LAST) if first else (_CHANNELS_LAST, _CHANNELS_FIRST)
-    likely = [Arrangement(*sides, (("channel", c),)) for c in dict.fromkeys(channels) if c in divisors]
     # the other direction is the same order with the numbers of channels and places exchanged
-    return likely + [Arrangement(_CHANNELS_FIRST, _CHANNELS_LAST, (("channel", c),)) for c in divisors]
+    rest = [Arrangement(_CHANNELS_FIRST, _CHANNELS_LAST, (("channel", c),)) for c in divisors]
+    return likely(features, channels, first) + rest
+
+
+def likely(features: int, channels: Iterable[int], first: bool) -> list[Arrangement]:
+    """Of the orders of so many flattened features, those of feature maps with one of these numbers of channels."""
+    sides = (_CHANNELS_FIRST, _CHANNELS_LAST) if first else (_CHANNELS_LAST, _CHANNELS_FIRST)
+    fitting = [c for c in dict.fromkeys(channels) if 1 < c < features and features % c == 0]
+    return [Arrangement(*sides, (("channel", c),)) for c in fitting]
 
 
 def agree(source: Array, target: Array, orders: Callable[[], Iterable[Arrangement]] = tuple) -> Agreement:
@@ -98,13 +102,33 @@ def agree(source: Array, target: Array, orders: Callable[[], Iterable[Arrangemen
         return Agreement(math.inf, SAME)
     best = closest(source, target, moved(source.ndim))
     if best.error <= _SAME or source.ndim < 2 or not _same_contents(source, target):
-        # where every feature has the same value, any order fits
-        return best._replace(ambiguous=best.error <= _SAME and _is_constant(source))
+        return best
     other = closest(source, target, orders())
     return other if other.error < best.error else best
 
 
 _SAME = 1e-6  # the relative error up to which no other arrangement is sought
+
+
+def other_order_fits(source: Array, target: Array, found: Agreement, orders: Iterable[Arrangement]) -> bool:
+    """Whether the features are as close in another order than the one found: where they are all the same, or the only
+    ones that are not stand where both orders leave them.
+    """
+    if source.shape != target.shape or source.ndim < 2:
+        return False
+    places = np.arange(source.shape[-1])[None]
+    held = {found.arrangement.apply(places).tobytes()}
+    for order in (SAME, *orders):
+        permutation = order.apply(places).tobytes()
+        if permutation not in held and as_close(relative_error(order.apply(source), target), found.error):
+            return True
+        held.add(permutation)
+    return False
+
+
+def as_close(error: float, closest: float) -> bool:
+    """Whether an error is no worse than the smallest one, rounding aside."""
+    return error <= max(_SAME, 8 * closest)
 
 
 def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:
@@ -115,14 +139,6 @@ def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> 
         if error < best.error:
             best = Agreement(error, arrangement)
     return best
-
-
-def _is_constant(value: Array) -> bool:
-    """Whether all features of each example are the same, so that their order cannot be seen."""
-    if value.ndim < 2 or value.shape[-1] < 4 or value.dtype.kind in "biu":
-        return False
-    wide = value.astype(np.float64)
-    return bool((np.ptp(wide, axis=-1) <= _SAME * np.abs(wide).max(axis=-1)).all())
 
 
 def _same_contents(source: Array, target: Array) -> bool:

@@ -12,7 +12,17 @@ import numpy as np
 
 from clipcore.backend import Layer
 from clipcore.mapping import reference
-from clipcore.mapping.align import SAME, Agreement, Arrangement, agree, flattened, moved
+from clipcore.mapping.align import (
+    SAME,
+    Agreement,
+    Arrangement,
+    agree,
+    flattened,
+    likely,
+    moved,
+    other_order_fits,
+    relative_error,
+)
 from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.models import Call, Side
 from clipcore.structure import in_order_of, leaves, rebuild
@@ -49,13 +59,39 @@ class Comparison:
         first = self.ours.backend.channels == "first"
         if value.ndim >= 3:
             return moved(value.ndim)[1 if first else 2]
-        channels = [c for c in self._channels_before[index] if 1 < c < value.shape[-1] and value.shape[-1] % c == 0]
-        return flattened(value.shape[-1], channels, first)[0] if channels else SAME
+        orders = self._likely(value, index)
+        return orders[0] if orders else SAME
 
-    def may_be_flattened(self, index: int) -> bool:
-        """Whether the features that call `index` of the source takes may be a feature map's, in another order there."""
-        features = self.calls[index].inputs[0].shape[-1] if self.calls[index].inputs else 0
-        return any(1 < c < features and features % c == 0 for c in self._channels_before[index])
+    def order_is_open(self, index: int, theirs: Sequence[Array], found: Agreement) -> bool:
+        """Whether the features that call `index` of the source takes may be a flattened feature map's, and their values
+        do not tell in which order the target holds them.
+        """
+        ours = self.calls[index].inputs
+        return (
+            len(ours) == len(theirs) == 1
+            and "batch" not in found.arrangement.source
+            and other_order_fits(ours[0], theirs[0], found, self._likely(ours[0], index))
+            and not self._given_by_a_kernel(ours[0], index)
+        )
+
+    def _given_by_a_kernel(self, value: Array, index: int) -> bool:
+        """Whether the features that flow into call `index` are a linear layer's own, activated and normalised at most:
+        then nothing was flattened since.
+        """
+        for before in reversed(range(index)):
+            output, kind = self.calls[before].output, self.ours.layers[self.calls[before].layer].kind
+            if not isinstance(output, np.ndarray) or output.shape != value.shape or not _activated(output, value):
+                continue
+            if kind == "linear":
+                return True
+            inputs = self.calls[before].inputs
+            if kind in ("batch_norm", "layer_norm") and self._given_by_a_kernel(inputs[0], before):
+                return True
+        return False
+
+    def _likely(self, value: Array, index: int) -> list[Arrangement]:
+        features = value.shape[-1] if value.ndim else 0
+        return likely(features, self._channels_before[index], self.ours.backend.channels == "first")
 
     def _orders(self, value: Array, index: int) -> list[Arrangement]:
         """The orders in which the target may hold the features of a value that flows in call `index` of the source."""
@@ -94,7 +130,7 @@ class Comparison:
         for source, target in zip(ours, theirs, strict=True):
             agreement = agree(source, target, partial(self._orders, source, index))
             if agreement.error >= worst.error:
-                worst = agreement._replace(ambiguous=agreement.ambiguous or worst.ambiguous)
+                worst = agreement
         return worst
 
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
@@ -134,6 +170,13 @@ def _padded(value: Array, layer: Layer) -> Array:
     if layer.settings.get("padding_mode", "zeros") != "zeros" or len(pads) != value.ndim - 2:
         return value
     return np.pad(value, [(0, 0), (0, 0), *pads] if first else [(0, 0), *pads, (0, 0)])
+
+
+def _activated(output: Array, value: Array) -> bool:
+    """Whether a value is a layer's output, or an activation of it."""
+    wide, allowed = output.astype(np.float64), tolerance(output, value)
+    results = (reference.activate(wide, name, axis=-1) for name in (None, *reference.ACTIVATIONS))
+    return any(relative_error(result, value) <= allowed for result in results)
 
 
 def _latest(seen: dict[int, None], channels: Iterable[int]) -> None:

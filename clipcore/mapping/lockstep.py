@@ -152,7 +152,7 @@ class LockStep:
         known = self.matches.get(layer)
         found = self._same_input(layer, [known.source] if known else self._candidates(layer), inputs)
         if found:
-            match, index = self._choose(layer, found)
+            match, index = self._choose(layer, found, inputs)
         elif layer in self.excused:
             match, index = self._by_structure(layer, inputs)
         else:
@@ -199,7 +199,7 @@ class LockStep:
         # candidates much further off than the closest saw something else that is merely alike
         return {name: pair for name, pair in best.items() if pair[0].error <= max(1e-5, 8 * closest)}
 
-    def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
+    def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]], inputs: list[Array]) -> tuple[Match, int]:
         options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))
         chosen = 0
         if len(options) > 1:
@@ -208,9 +208,9 @@ class LockStep:
             self.ties.append(Tie(layer, tuple(options), chosen))
         agreement, index = found[options[chosen]]
         kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
-        if agreement.ambiguous and kind and kind.features and self.comparison.may_be_flattened(index):
+        if kind and kind.features and self.comparison.order_is_open(index, inputs, agreement):
             raise MappingError(
-                f"on this sample all features that the target's layer {layer!r} takes are the same: their order "
+                f"on this sample too many features that the target's layer {layer!r} takes are the same: their order "
                 f"after flattening cannot be seen; give another sample"
             )
         match = Match(

@@ -672,3 +672,42 @@ def test_a_narrow_source_is_compared_within_its_own_rounding_whatever_the_target
     assert not plan.differences
     cc.migrate(source, target, plan=plan)
     assert cc.verify(source, target, sample=x, plan=plan).ok
+
+
+def one_live_channel(activation="relu"):
+    """A convolution of which a positive sample leaves one channel alive, flattened; in both frameworks."""
+    source = randomised(
+        nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval(), 1
+    )
+    with torch.no_grad():
+        source[0].weight.copy_(torch.tensor([1.0, -1.0, -1.0, -1.0]).reshape(4, 1, 1, 1))
+    layers = [keras.Input((4, 4, 1)), L.Conv2D(4, 1, use_bias=False, activation=activation), L.Flatten(), L.Dense(3)]
+    return source, randomised(keras.Sequential(layers), 2)
+
+
+def test_sparse_features_that_fit_in_two_orders_are_an_error_and_no_guess():
+    source, target = one_live_channel()
+    impulse = np.zeros((1, 1, 4, 4), np.float32)
+    impulse[0, 0, 0, 0] = 1
+    with pytest.raises(cc.MappingError, match=r"order.*cannot be seen; give another sample"):
+        cc.plan(source, target, sample=impulse)
+    telling = np.random.default_rng(0).uniform(0.5, 1.5, (2, 1, 4, 4)).astype(np.float32)
+    cc.migrate(source, target, sample=telling)
+    signed = np.random.default_rng(1).standard_normal((2, 1, 4, 4)).astype(np.float32)
+    assert cc.verify(source, target, sample=signed).ok
+
+
+def test_hidden_units_that_are_dead_on_the_sample_leave_no_doubt_about_an_order_that_nothing_flattened():
+    source = randomised(
+        nn.Sequential(
+            nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(32, 4), nn.BatchNorm1d(4, eps=1e-3), nn.ReLU(), nn.Linear(4, 3)
+        ).eval(),
+        1,
+    )
+    with torch.no_grad():
+        source[2].weight.mul_(0.01)
+        source[3].bias.copy_(torch.tensor([1.0, -9.0, -9.0, 1.0]))
+    layers = [L.Conv2D(2, 1), L.Flatten(), L.Dense(4), L.BatchNormalization(epsilon=1e-3), L.ReLU(), L.Dense(3)]
+    target = randomised(keras.Sequential([keras.Input((4, 4, 3)), *layers]), 2)
+    plan = cc.plan(source, target, sample=SAMPLE[:, :, :4, :4])
+    assert {row.evidence for row in plan.rows} == {"proven"}

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clipcore.mapping.align import SAME, agree, flattened, relative_error
+from clipcore.mapping.align import SAME, agree, flattened, likely, other_order_fits, relative_error
 
 RNG = np.random.default_rng(0)
 
@@ -60,6 +62,23 @@ def test_a_number_of_channels_that_no_one_expected_is_found_as_well():
         np.testing.assert_array_equal(found.arrangement.apply(ours), theirs)
 
 
-def test_features_that_are_all_the_same_leave_their_order_open():
-    assert agree(np.zeros((2, 12)), np.zeros((2, 12)), orders(12, [3])).ambiguous
-    assert not agree(source := RNG.standard_normal((2, 12)), source, orders(12, [3])).ambiguous
+@pytest.mark.parametrize("telling", [[], [0], [11], [0, 11]])
+def test_features_whose_telling_ones_no_order_moves_leave_their_order_open(telling):
+    source = np.zeros((2, 12))
+    source[:, telling] = RNG.standard_normal((2, len(telling)))
+    found = agree(source, source, orders(12, [3]))
+    assert other_order_fits(source, source, found, orders(12, [3])())
+    source[0, 1] = 1
+    assert not other_order_fits(source, source, found, orders(12, [3])())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 5), st.data())
+def test_an_order_is_open_if_and_only_if_the_features_come_out_the_same_in_another(channels, places, data):
+    values = st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=channels * places, max_size=channels * places)
+    source = np.array([data.draw(values)])
+    found = agree(source, source, orders(channels * places, [channels]))
+    exchanged = source.reshape(1, channels, places).transpose(0, 2, 1).reshape(1, -1)
+    # in an order that moves nothing at all there is no other one
+    expected = channels > 1 and places > 1 and np.array_equal(source, exchanged)
+    assert other_order_fits(source, source, found, likely(channels * places, [channels], first=True)) == expected

@@ -48,10 +48,10 @@ class Agreement(NamedTuple):
 
 
 def relative_error(source: Array, target: Array) -> float:
-    """max|source - target| / max|source|; inf for other shapes, NaN in one alone, or unequal integers."""
+    """max|source - target| / max|source|; inf for other shapes, NaN in one alone, or unequal integers or texts."""
     if source.shape != target.shape:
         return math.inf
-    if source.dtype.kind in "biu" or target.dtype.kind in "biu":
+    if is_exact(source) or is_exact(target):
         return 0.0 if np.array_equal(source, target) else math.inf
     kind = np.complex128 if "c" in (source.dtype.kind, target.dtype.kind) else np.float64
     wide, other = source.astype(kind), target.astype(kind)
@@ -64,6 +64,11 @@ def relative_error(source: Array, target: Array) -> float:
     # a faulty element has no relative error of its own: it is as far off as can be
     magnitude = float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
     return largest / magnitude if magnitude and math.isfinite(largest) else math.inf
+
+
+def is_exact(value: Array) -> bool:
+    """Whether nothing rounds these elements: integers and texts; bfloat16 is a "V" to NumPy."""
+    return value.dtype.kind not in "fcV"
 
 
 def moved(ndim: int) -> list[Arrangement]:
@@ -143,7 +148,7 @@ def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> 
 
 def _same_contents(source: Array, target: Array) -> bool:
     """Whether each row may hold the same numbers in another order: a quick look before every order is tried."""
-    if source.shape != target.shape or source.dtype.kind in "biuc" or source.shape[-1] < 4:
+    if source.shape != target.shape or is_exact(source) or source.dtype.kind == "c" or source.shape[-1] < 4:
         return False
     ours, theirs = (value.astype(np.float64) for value in (source, target))
     size = np.abs(ours).sum(-1) + np.finfo(np.float64).tiny

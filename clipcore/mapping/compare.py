@@ -37,10 +37,8 @@ _DEFAULT_TOLERANCE = 1e-3
 
 def tolerance(ours: Any, theirs: Any) -> float:
     """The relative error up to which activations of two models count as the same: by the coarser of their dtypes."""
-    return max(
-        (_TOLERANCE.get(v.dtype.name, _DEFAULT_TOLERANCE) for _, v in leaves([ours, theirs])),
-        default=_DEFAULT_TOLERANCE,
-    )
+    arrays = [value for _, value in leaves([ours, theirs]) if isinstance(value, np.ndarray)]
+    return max((_TOLERANCE.get(v.dtype.name, _DEFAULT_TOLERANCE) for v in arrays), default=_DEFAULT_TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,12 @@ class Comparison:
         axis = 1 if self.ours.layers[call.layer].settings.get("channels") == "first" else -1
         ours = in_order_of(call.output, theirs)
         pairs = list(zip((v for _, v in leaves(ours)), (v for _, v in leaves(theirs)), strict=False))
-        converted, worst = [], 0.0
+        converted: list[Any] = []
+        worst = 0.0
         for source, target in pairs:
+            if not isinstance(target, np.ndarray):  # a number beside the tensors flows on as it is
+                converted.append(target)
+                continue
             value, error = _closest(source, target, first, second, axis, partial(self._orders, source, index + 1))
             worst = max(worst, error)
             usable = value is not None and value.shape == target.shape

@@ -56,9 +56,9 @@ class Side:
         self.tensors = {t.name: t for layer in self.layers.values() for t in layer.tensors.values()}
 
     def run(self, sample: Any, watcher: Any = None) -> Any:
-        """The outputs on `sample`; a failure names the sample's shape."""
+        """The outputs on `sample`, as far as they can be compared; a failure names the sample's shape."""
         try:
-            return self.backend.run(self.model, sample, watcher)
+            return comparable(self.backend.run(self.model, sample, watcher))
         except ClipcoreError as err:
             raise InvalidInput(f"the {self.which}: {one_line(err)}") from err
         except Exception as err:
@@ -125,6 +125,15 @@ def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
     recorder = Recorder()
     outputs = side.run(sample, recorder)
     return recorder.calls, outputs
+
+
+def comparable(outputs: Any) -> Any:
+    """A model's outputs with its plain numbers and texts as arrays; any other object, a cache say, is left out."""
+    return map_leaves(_comparable, outputs)
+
+
+def _comparable(leaf: Any) -> Array | None:
+    return np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic | int | float | complex | str | bytes) else None
 
 
 def describe(sample: Any) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from clipcore.errors import InvalidInput, MappingError
-from clipcore.mapping.align import relative_error
+from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.find import plan as find_plan
 from clipcore.mapping.lockstep import values_for
-from clipcore.mapping.models import Call, Side, as_arrays, describe, record, target_samples, written
+from clipcore.mapping.models import Call, Side, as_arrays, comparable, describe, record, target_samples, written
 from clipcore.mapping.plan import Difference, Plan
 from clipcore.migration.apply import check_fits
 from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers
@@ -116,7 +116,7 @@ def verify(
 def _says_nothing(outputs: Any, proven_otherwise: bool) -> str:
     """Why a sample's outputs prove nothing; empty where they do."""
     for path, value in leaves(outputs):
-        if value.dtype.kind in "biu":
+        if is_exact(value):
             continue
         if np.isnan(value).any():
             return f"the source's output{path} holds NaN on this sample: give another sample"
@@ -197,7 +197,7 @@ def _noise_floor(ours: Side, sample: Any, outputs: Any) -> float:
     exact = ours.backend.double(ours.model)
     if exact is not None:
         try:
-            return _own_error(outputs, ours.backend.run(exact, map_leaves(_widened, sample)))
+            return _own_error(outputs, comparable(ours.backend.run(exact, map_leaves(_widened, sample))))
         except Exception:
             pass
     return _own_error(outputs, ours.run(map_leaves(_perturbed, sample)))

@@ -711,3 +711,36 @@ def test_hidden_units_that_are_dead_on_the_sample_leave_no_doubt_about_an_order_
     target = randomised(keras.Sequential([keras.Input((4, 4, 3)), *layers]), 2)
     plan = cc.plan(source, target, sample=SAMPLE[:, :, :4, :4])
     assert {row.evidence for row in plan.rows} == {"proven"}
+
+
+class Talking(nn.Module):
+    """Gives `extra` beside its result, and so does its layer."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.inner, self.extra = TalkingLayer(4, 3), extra
+
+    def forward(self, x):
+        y, _ = self.inner(x)
+        return y, self.extra
+
+
+class TalkingLayer(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), 7
+
+
+@pytest.mark.parametrize("extra", [7, 3.0, True, "name", b"bytes", None, object(), {"steps": 2}])
+def test_what_a_model_gives_beside_tensors_is_compared_where_it_is_a_number_or_a_text(extra):
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    source, target = randomised(Talking(extra), 1), randomised(Talking(extra), 2)
+    cc.migrate(source, target, sample=x)
+    assert cc.verify(source, target, sample=x).ok
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(7, 8), (3.0, 3.5), ("name", "other"), ("name", 7), (7, None)])
+def test_another_number_or_text_beside_the_tensors_is_not_ok(ours, theirs):
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    source, target = randomised(Talking(ours), 1), randomised(Talking(theirs), 2)
+    cc.migrate(source, target, sample=x)
+    assert not cc.verify(source, target, sample=x).ok

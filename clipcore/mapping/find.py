@@ -202,9 +202,9 @@ def _assemble(ours: Side, theirs: Side, calls: Sequence[Call], step: LockStep, s
         differences += differences_between(ours.layers[source], layer, call, ignore)
         if name in step.excused:
             differences.append(Difference(name, "input", "another", "another", _UNEXPLAINED))
-    _check_all_placed(ours, calls, {source for source, *_ in pairs.values()})
     kept = _once(rows, ours)
     taken = {name for row in rows for name in row.sources}
+    _check_all_placed(ours, calls, step, taken)
     unused = tuple(name for name in ours.tensors if name not in taken)
     return Plan(ours.backend.name, theirs.backend.name, kept, unused, tuple(differences))
 
@@ -244,10 +244,11 @@ def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str
 
 def _never_run(ours: Side, theirs: Side, step: LockStep) -> dict[str, tuple[str, Any, Evidence, str]]:
     """Layers of the target that the sample never reaches: a unique name match with a layer that it never reaches."""
-    taken = {match.source for match in step.matches.values()}
+    taken = set(step.served)
+    placed = {tensor.name for name in step.matches for tensor in theirs.layers[name].tensors.values()}
     pairs: dict[str, tuple[str, Any, Evidence, str]] = {}
     for name, layer in theirs.layers.items():
-        if name in step.matches:
+        if name in step.matches or all(tensor.name in placed for tensor in layer.tensors.values()):
             continue
         free = [n for n, other in ours.layers.items() if n not in taken and signature(other) == signature(layer)]
         same = [n for n in free if plain_name(n) == plain_name(name)]
@@ -262,11 +263,21 @@ def _never_run(ours: Side, theirs: Side, step: LockStep) -> dict[str, tuple[str,
     return pairs
 
 
-def _check_all_placed(ours: Side, calls: Sequence[Call], taken: set[str]) -> None:
-    left = [name for name in dict.fromkeys(call.layer for call in calls) if name not in taken]
+def _check_all_placed(ours: Side, calls: Sequence[Call], step: LockStep, taken: set[str]) -> None:
+    """Refuse a target that lacks a layer of the source, unless other layers hold all of that one's tensors."""
+    called = dict.fromkeys(call.layer for call in calls if call.layer not in step.served)
+    left = [name for name in called if not _held_elsewhere(ours.layers[name], step.weights, taken)]
     if left:
         layer: Layer = ours.layers[left[0]]
         raise MappingError(
             f"the target has no room for the source's layer {left[0]!r} ({describe_layer(layer)})"
             f"{f', nor for {len(left) - 1} others' if len(left) > 1 else ''}; is it of the same architecture?"
         )
+
+
+def _held_elsewhere(layer: Layer, weights: Mapping[str, Array], taken: set[str]) -> bool:
+    """Whether every tensor of the layer is among those taken, or equal to one of them."""
+    return all(
+        tensor.name in taken or any(np.array_equal(weights[tensor.name], weights[name]) for name in taken)
+        for tensor in layer.tensors.values()
+    )

@@ -122,7 +122,16 @@ class Tie(NamedTuple):
 
 @dataclass
 class LockStep:
-    """The watcher of one run of the target."""
+    """The watcher of one run of the target.
+
+    What must find a place is the source's calls and tensors, not its layers: a layer that is called twice may be two
+    layers in the target, and equal ones may be one there.
+
+    Attributes:
+        choices: for each tie in turn, which of its options to take; the first where none is given.
+        excused: layers that may see another input than their origin, or give another output.
+        served: layers of the source of which a call was met.
+    """
 
     comparison: Comparison
     weights: Mapping[str, Array]
@@ -130,9 +139,11 @@ class LockStep:
     excused: frozenset[str] = frozenset()
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
+    served: set[str] = field(default_factory=set)
     stopped: Exception | None = None
-    _taken: dict[str, str] = field(default_factory=dict)
-    _open: list[tuple[Match, int]] = field(default_factory=list)
+    _used: set[int] = field(default_factory=set)
+    _placed: set[str] = field(default_factory=set)
+    _open: list[tuple[Match, int] | None] = field(default_factory=list)
 
     def before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         try:
@@ -150,8 +161,14 @@ class LockStep:
 
     def _before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         known = self.matches.get(layer)
-        found = self._same_input(layer, [known.source] if known else self._candidates(layer), inputs)
-        if found:
+        names = self._candidates(layer)
+        if not names and self._is_placed(layer):
+            self._open.append(None)
+            return None
+        found = self._same_input(layer, names, inputs)
+        if known and found:
+            match, index = known, min(found.values(), key=lambda pair: pair[0].error)[1]
+        elif found:
             match, index = self._choose(layer, found, inputs)
         elif layer in self.excused:
             match, index = self._by_structure(layer, inputs)
@@ -161,13 +178,18 @@ class LockStep:
             match = known
         else:
             self._bind(layer, match)
+        self._used.add(index)
+        self.served.add(self.comparison.calls[index].layer)
         self._open.append((match, index))
         if found:
             return None
         return _converted(self.comparison.calls[index].inputs, inputs, match.arrangement)
 
     def _after(self, layer: str, output: Any) -> Any | None:
-        match, index = self._open.pop()
+        opened = self._open.pop()
+        if opened is None:
+            return None
+        match, index = opened
         replaced, error = self.comparison.layer_outputs(index, layer, output)
         if error <= tolerance(self.comparison.calls[index].output, output):
             return None
@@ -177,23 +199,42 @@ class LockStep:
         return replaced
 
     def _candidates(self, layer: str) -> list[str]:
+        """The source's layers that a call of the target's layer may be one of: those with a call that is not met yet;
+        of a layer whose origin is known, that one and its equals.
+        """
         wanted = signature(self.comparison.theirs.layers[layer])
-        called = dict.fromkeys(call.layer for call in self.comparison.calls)
-        return [
-            name
-            for name in called
-            if name not in self._taken and signature(self.comparison.ours.layers[name]) == wanted
-        ]
+        called = dict.fromkeys(call.layer for i, call in enumerate(self.comparison.calls) if i not in self._used)
+        names = [name for name in called if signature(self.comparison.ours.layers[name]) == wanted]
+        known = self.matches.get(layer)
+        if known is None:
+            return names
+        return [known.source, *(name for name in names if name != known.source and self._equal(name, known.source))]
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Whether two layers of the source hold the same tensors."""
+        ours, others = (self.comparison.ours.layers[name].tensors for name in (first, second))
+        return ours.keys() == others.keys() and all(
+            np.array_equal(self.weights[ours[role].name], self.weights[others[role].name]) for role in ours
+        )
+
+    def _is_placed(self, layer: str) -> bool:
+        """Whether layers that ran before hold all tensors of this one: where the target has a tied layer, the source
+        may have an operation on the other layer's tensor.
+        """
+        return all(tensor.name in self._placed for tensor in self.comparison.theirs.layers[layer].tensors.values())
 
     def _same_input(self, layer: str, names: Sequence[str], inputs: list[Array]) -> dict[str, tuple[Agreement, int]]:
         """For each candidate that saw this input, the call in which it did."""
         best: dict[str, tuple[Agreement, int]] = {}
-        for index, call in enumerate(self.comparison.calls):
-            if call.layer not in names:
+        # calls that were met already come last: they count for a layer that is called more often in the target
+        known = self.matches.get(layer)
+        for index in sorted(range(len(self.comparison.calls)), key=self._used.__contains__):
+            call = self.comparison.calls[index]
+            if call.layer not in names or (index in self._used and known is None):
                 continue
             agreement = self.comparison.inputs(index, layer, inputs)
-            limit = best[call.layer][0].error if call.layer in best else tolerance(call.inputs, inputs)
-            if agreement.error <= limit:
+            nearest = best[call.layer][0].error if call.layer in best else math.inf
+            if agreement.error <= tolerance(call.inputs, inputs) and agreement.error < nearest:
                 best[call.layer] = agreement, index
         closest = min((agreement.error for agreement, _ in best.values()), default=0.0)
         # candidates much further off than the closest saw something else that is merely alike
@@ -227,7 +268,7 @@ class LockStep:
         """The origin of a layer whose input no source layer saw: the only one of its kind and shape, or by order."""
         wanted = signature(self.comparison.theirs.layers[layer])
         known = self.matches.get(layer)
-        names = [known.source] if known else self._candidates(layer)
+        names = [known.source] if known else [n for n in self._candidates(layer) if n not in self.served]
         waiting = [
             name
             for name, other in self.comparison.theirs.layers.items()
@@ -251,7 +292,7 @@ class LockStep:
 
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match
-        self._taken[match.source] = layer
+        self._placed |= {tensor.name for tensor in self.comparison.theirs.layers[layer].tensors.values()}
         rows = rows_between(
             self.comparison.ours.layers[match.source],
             self.comparison.theirs.layers[layer],

@@ -744,3 +744,70 @@ def test_another_number_or_text_beside_the_tensors_is_not_ok(ours, theirs):
     source, target = randomised(Talking(ours), 1), randomised(Talking(theirs), 2)
     cc.migrate(source, target, sample=x)
     assert not cc.verify(source, target, sample=x).ok
+
+
+class TiedInKeras(keras.Model):
+    """As one writes it in Keras: no layer for the head, but an operation on the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = L.Embedding(9, 4)
+
+    def call(self, tokens):
+        return keras.ops.matmul(keras.ops.tanh(self.table(tokens)), keras.ops.transpose(self.table.embeddings))
+
+
+def test_a_tied_head_that_the_other_framework_has_no_layer_for_is_placed_with_the_table():
+    tokens = np.arange(9)[None]
+    model = TiedInKeras()
+    model(tokens)
+    for source, target in ((Tied(True), model), (model, Tied(True))):
+        cc.migrate(randomised(source, 1), randomised(target, 2), sample=tokens)
+        assert cc.verify(source, target, sample=tokens).ok
+    equal = randomised(Tied(False), 3)
+    equal.head.weight.data.copy_(equal.table.weight.data)
+    cc.migrate(equal, model, sample=tokens)
+    assert cc.verify(equal, model, sample=tokens).ok
+    with pytest.raises(cc.MappingError, match="no room for the source's layer 'head'"):
+        cc.plan(randomised(Tied(False), 3), model, sample=tokens)
+
+
+class Twice(nn.Module):
+    """Two layers that may be one."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second = self.first if shared else nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def twice_in_keras(shared):
+    first = L.Dense(5)
+    inputs = keras.Input((5,))
+    return keras.Model(inputs, (first if shared else L.Dense(5))(L.ReLU()(first(inputs))))
+
+
+@pytest.mark.parametrize("to_keras", [True, False])
+@pytest.mark.parametrize("shared", ["source", "target", "both", "equal", "tied"])
+def test_a_layer_that_is_called_twice_may_be_two_layers_of_the_other_model(shared, to_keras):
+    x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    build = [Twice, twice_in_keras] if to_keras else [twice_in_keras, Twice]
+    source = randomised(build[0](shared in ("source", "both")), 1)
+    target = randomised(build[1](shared not in ("source",)), 2)
+    if shared == "target":
+        with pytest.raises(cc.MappingError):
+            cc.plan(source, target, sample=x)
+        return
+    if shared in ("equal", "tied") and to_keras:
+        source.second.load_state_dict(source.first.state_dict())
+        if shared == "tied":
+            source.second.weight, source.second.bias = source.first.weight, source.first.bias
+    elif shared in ("equal", "tied"):
+        source.layers[-1].set_weights(source.layers[1].get_weights())
+    plan = cc.plan(source, target, sample=x)
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=x, plan=plan).ok

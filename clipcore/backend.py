@@ -188,6 +188,9 @@ class TracingBackend(ModelBackend, Protocol):
             the one dict input of a Keras or TensorFlow model).
         """
 
+    def to_array(self, tensor: Any) -> np.ndarray:
+        """The values of a tensor on any device, also of one under differentiation, possibly as a view of its memory."""
+
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """The shapes that the model declares for its inputs (None for a free axis); None where it declares none."""
 

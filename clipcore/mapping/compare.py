@@ -52,9 +52,9 @@ class Comparison:
 
     def expected(self, value: Array, index: int) -> Arrangement:
         """How the target holds an input of call `index` of the source by the two frameworks' conventions alone."""
-        if self.ours.backend.channels == self.theirs.backend.channels or value.ndim < 2:
+        if self.ours.channels == self.theirs.channels or value.ndim < 2:
             return SAME
-        first = self.ours.backend.channels == "first"
+        first = self.ours.channels == "first"
         if value.ndim >= 3:
             return moved(value.ndim)[1 if first else 2]
         orders = self._likely(value, index)
@@ -89,17 +89,17 @@ class Comparison:
 
     def _likely(self, value: Array, index: int) -> list[Arrangement]:
         features = value.shape[-1] if value.ndim else 0
-        return likely(features, self._channels_before[index], self.ours.backend.channels == "first")
+        return likely(features, self._channels_before[index], self.ours.channels == "first")
 
     def _orders(self, value: Array, index: int) -> list[Arrangement]:
         """The orders in which the target may hold the features of a value that flows in call `index` of the source."""
         features = value.shape[-1] if value.ndim else 0
-        return flattened(features, self._channels_before[index], self.ours.backend.channels == "first")
+        return flattened(features, self._channels_before[index], self.ours.channels == "first")
 
     @cached_property
     def _channels_before(self) -> list[tuple[int, ...]]:
         """For each call (and the end), the numbers of channels of the feature maps up to there, the latest first."""
-        axis = 1 if self.ours.backend.channels == "first" else -1
+        axis = 1 if self.ours.channels == "first" else -1
         seen: dict[int, None] = {}
         _latest(seen, (v.shape[axis] for _, v in leaves(self.sample) if v.ndim >= 3))
         before = []

@@ -22,7 +22,7 @@ from clipcore.mapping.lockstep import (
     rows_between,
     signature,
 )
-from clipcore.mapping.models import Call, Side, as_arrays, record, target_samples, written
+from clipcore.mapping.models import Call, Side, as_arrays, none_taken, record, target_samples, written
 from clipcore.mapping.plan import Difference, Evidence, Plan, Row
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -40,7 +40,8 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
 
     Args:
         source, target: models of any installed backends.
-        sample: one input as the source takes it: an array or tensor, a tuple (positional arguments) or a dict.
+        sample: one input as the source takes it: an array or tensor, a tuple or list of them (positional arguments) or
+            a dict.
         target_sample: the same input as the target takes it; left out, it is worked out (NCHW to NHWC and the like).
     Returns:
         The Plan: one row per tensor of the target, with evidence and reason.
@@ -56,7 +57,11 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
         calls, outputs = record(ours, sample)
         weights = ours.copies(ours.tensors)
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
-        step, settled = _Search(Comparison(ours, theirs, calls, sample), outputs, weights).solve(forms)
+        search = _Search(Comparison(ours, theirs, calls, sample), outputs, weights)
+        try:
+            step, settled = search.solve(forms)
+        except InvalidInput as err:
+            raise err if target_sample is not None else none_taken(forms, err) from err
     return _assemble(ours, theirs, calls, step, settled)
 
 

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 
 from clipcore.backend import Layer, TracingBackend
 from clipcore.errors import ClipcoreError, InvalidInput
+from clipcore.mapping.align import moved
 from clipcore.plugins import backend_of
-from clipcore.structure import leaves, map_leaves
+from clipcore.structure import leaves, map_leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,6 +56,12 @@ class Side:
             raise InvalidInput(f"the {which} ({type(model).__name__}) has no layer that owns tensors: nothing to map")
 
         self.tensors = {t.name: t for layer in self.layers.values() for t in layer.tensors.values()}
+
+    @property
+    def channels(self) -> str:
+        """Where the model's data has the channel axis: as its layers are set, else as is usual in its framework."""
+        found = {layer.settings["channels"] for layer in self.layers.values() if "channels" in layer.settings}
+        return found.pop() if len(found) == 1 else self.backend.channels
 
     def run(self, sample: Any, watcher: Any = None) -> Any:
         """The outputs on `sample`, as far as they can be compared; a failure names the sample's shape."""
@@ -149,13 +157,14 @@ def one_line(err: Exception, longest: int = 400) -> str:
 
 
 def as_arrays(sample: Any) -> Any:
-    """The sample with every tensor as a NumPy array.
+    """The sample with every tensor as a NumPy array; a list of numbers is one array, a list of arrays several inputs.
 
     Raises:
         InvalidInput: it holds no numbers, or a NaN or inf.
     """
     if isinstance(sample, list):
-        sample = np.asarray(sample)
+        numbers = all(isinstance(leaf, int | float | complex | np.generic) for _, leaf in leaves(sample))
+        sample = _rectangular(sample) if numbers else tuple(sample)
     arrays = map_leaves(_to_array, sample)
     if not list(leaves(arrays)):
         raise InvalidInput(f"sample is {sample!r}; expected an array or tensor, or a tuple or dict of them")
@@ -167,46 +176,65 @@ def as_arrays(sample: Any) -> Any:
     return arrays
 
 
+def _rectangular(numbers: list[Any]) -> Array:
+    try:
+        return np.asarray(numbers)
+    except ValueError as err:
+        raise InvalidInput(f"sample is {numbers!r:.60}, a list whose rows differ in length; give one array") from err
+
+
 def _to_array(leaf: Any) -> Array:
     if isinstance(leaf, np.ndarray):
         return leaf
     if isinstance(leaf, int | float | bool):
         return np.asarray(leaf)
     try:
-        arrays = backend_of(leaf).to_host([leaf])
-    except ClipcoreError as err:
+        backend: Any = backend_of(leaf)
+        arrays = backend.to_host([leaf])
+        # a tensor on a device or under differentiation: what a model's backend copies it to
+        array: Array | None = arrays[0] if arrays else backend.to_array(leaf) if hasattr(backend, "to_array") else None
+    except Exception as err:
         raise InvalidInput(f"the sample is of type {type(leaf).__name__}; expected arrays or tensors: {err}") from err
-    if arrays is None:
+    if array is None:
         raise InvalidInput("the sample is a tensor on a device or under differentiation; give it as a CPU array")
-    return arrays[0]
+    return array
+
+
+_MOST_FORMS = 16
 
 
 def target_samples(sample: Any, source: Side, target: Side) -> list[Any]:
-    """The forms in which the target may want the sample, the likeliest first."""
-    ours, theirs = source.backend.channels, target.backend.channels
-    if ours == theirs:
-        return [sample]
-    moved = map_leaves(lambda array: _move_channels(array, to_last=theirs == "last"), sample)
-    forms = [moved, sample] if _has_spatial_data(source) else [sample, moved]
-    declared = target.backend.input_shapes(target.model)
-    return [form for form in forms if _fits(form, declared)] or forms
+    """The forms in which the target may want the sample, the likeliest first: each input as it is, or with its channel
+    axis moved, as the target declares it.
+    """
+    arrays = [leaf for _, leaf in leaves(sample)]
+    declared: Sequence[tuple[int | None, ...] | None] | None = target.backend.input_shapes(target.model)
+    if declared is None or len(declared) != len(arrays):
+        declared = [None] * len(arrays)
+    ways = [_ways(array, shape, source, target) for array, shape in zip(arrays, declared, strict=True)]
+    return [rebuild(sample, iter(form)) for form in islice(product(*ways), _MOST_FORMS)]
 
 
-def _move_channels(array: Array, to_last: bool) -> Array:
-    if array.ndim < 3 or array.dtype.kind in "biu":
-        return array
-    return np.moveaxis(array, 1, -1) if to_last else np.moveaxis(array, -1, 1)
+def _ways(array: Array, declared: tuple[int | None, ...] | None, source: Side, target: Side) -> list[Array]:
+    """The ways in which the target may want one input, the likeliest first."""
+    as_it_is, *to_last_or_first = [arrangement.apply(array) for arrangement in moved(array.ndim)]
+    usual = [as_it_is]
+    if to_last_or_first and source.channels != target.channels:
+        # an input with as many axes as a convolution's kernel is what it runs over: an image, and no sequence
+        kernels = [layer.tensors["kernel"].shape for layer in source.layers.values() if layer.kind == "conv"]
+        place = 0 if any(len(kernel) == array.ndim for kernel in kernels) else 1
+        usual.insert(place, to_last_or_first[0 if target.channels == "last" else 1])
+    if declared is None:
+        return usual
+    return _fitting(usual, declared) or _fitting([as_it_is, *to_last_or_first], declared) or usual
 
 
-def _has_spatial_data(side: Side) -> bool:
-    return any(layer.kind == "conv" for layer in side.layers.values())
+def _fitting(arrays: Sequence[Array], declared: tuple[int | None, ...]) -> list[Array]:
+    fitting = [array for array in arrays if array.ndim == len(declared)]
+    return [a for a in fitting if all(want in (None, have) for want, have in zip(declared, a.shape, strict=True))]
 
 
-def _fits(sample: Any, declared: Sequence[tuple[int | None, ...]] | None) -> bool:
-    shapes = [np.shape(leaf) for _, leaf in leaves(sample)]
-    if declared is None or len(declared) != len(shapes):
-        return True
-    return all(
-        len(shape) == len(free) and all(want in (None, have) for want, have in zip(free, shape, strict=True))
-        for shape, free in zip(shapes, declared, strict=True)
-    )
+def none_taken(forms: Sequence[Any], refusal: ClipcoreError) -> InvalidInput:
+    """The error for a sample that the target takes in none of the forms that were worked out for it."""
+    tried = " or ".join(map(describe, forms))
+    return InvalidInput(f"{refusal}; tried as {tried}: give target_sample=, the same input as the target takes it")

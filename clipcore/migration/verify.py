@@ -15,7 +15,17 @@ from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.find import plan as find_plan
 from clipcore.mapping.lockstep import values_for
-from clipcore.mapping.models import Call, Side, as_arrays, comparable, describe, record, target_samples, written
+from clipcore.mapping.models import (
+    Call,
+    Side,
+    as_arrays,
+    comparable,
+    describe,
+    none_taken,
+    record,
+    target_samples,
+    written,
+)
 from clipcore.mapping.plan import Difference, Plan
 from clipcore.migration.apply import check_fits
 from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers
@@ -154,7 +164,7 @@ def _sought(source: Any, target: Any, sample: Any, target_sample: Any) -> tuple[
 
 def _runs(ours: Side, theirs: Side, sample: Any, target_sample: Any) -> Iterator[_Run]:
     yield _run(ours, theirs, sample, target_sample)
-    smaller = map_leaves(lambda array: _one_smaller(array, ours.backend.channels), sample)
+    smaller = map_leaves(lambda array: _one_smaller(array, ours.channels), sample)
     if target_sample is None and describe(smaller) != describe(sample):
         # models with a Flatten take one size alone
         try:
@@ -188,7 +198,7 @@ def _run(ours: Side, theirs: Side, sample: Any, target_sample: Any) -> _Run:
         if error <= _TOLERANCE:
             break
     if not runs:
-        raise failures[0]
+        raise failures[0] if target_sample is not None else none_taken(forms, failures[0])
     return min(runs, key=lambda run: run.error)
 
 

@@ -811,3 +811,101 @@ def test_a_layer_that_is_called_twice_may_be_two_layers_of_the_other_model(share
     assert {row.evidence for row in plan.rows} == {"proven"}
     cc.migrate(source, target, plan=plan)
     assert cc.verify(source, target, sample=x, plan=plan).ok
+
+
+class Senses(nn.Module):
+    """An image and a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.eye, self.ear, self.mouth = nn.Conv2d(3, 4, 3), nn.Linear(5, 4), nn.Linear(8, 2)
+
+    def forward(self, image, sound):
+        return self.mouth(torch.cat([self.eye(image).mean((2, 3)), self.ear(sound).mean(1)], 1))
+
+
+def senses_in_keras(image=(6, 6, 3), sound=(7, 5)):
+    inputs = [keras.Input(image), keras.Input(sound)]
+    seen = L.GlobalAveragePooling2D()(L.Conv2D(4, 3)(inputs[0]))
+    return keras.Model(inputs, L.Dense(2)(L.Concatenate()([seen, keras.ops.mean(L.Dense(4)(inputs[1]), axis=1)])))
+
+
+IMAGE, SOUND = SAMPLE[:, :, :6, :6], np.random.default_rng(3).standard_normal((2, 7, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+@pytest.mark.parametrize("free", [False, True])
+def test_of_several_inputs_those_that_are_images_have_their_channels_moved(container, free):
+    model = senses_in_keras((None, None, 3), (None, 5)) if free else senses_in_keras()
+    for source, target, image in (
+        (Senses(), model, IMAGE),
+        (model, Senses(), np.moveaxis(IMAGE, 1, -1)),
+    ):
+        sample = container([image, SOUND])
+        plan = cc.plan(randomised(source, 1), randomised(target, 2), sample=sample)
+        assert {row.evidence for row in plan.rows} == {"proven"}
+        cc.migrate(source, target, plan=plan)
+        assert cc.verify(source, target, sample=sample, plan=plan).ok
+
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x.float() / 255)
+
+
+@pytest.mark.parametrize("size", [6, None])
+def test_an_image_of_bytes_has_its_channels_moved(size):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 6)).astype(np.uint8)
+    layers = [keras.Input((size, size, 3), dtype="uint8"), L.Rescaling(1 / 255), L.Conv2D(4, 3)]
+    source, target = randomised(Pixels(), 1), randomised(keras.Sequential(layers), 2)
+    cc.migrate(source, target, sample=images)
+    assert cc.verify(source, target, sample=images).ok
+    cc.migrate(randomised(target, 3), source, sample=np.moveaxis(images, 1, -1))
+    assert cc.verify(target, source, sample=np.moveaxis(images, 1, -1)).ok
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_channels_are_moved_between_keras_models_that_have_them_in_other_places(size):
+    source = keras.Sequential([keras.Input((3, 8, 8)), L.Conv2D(4, 3, data_format="channels_first")])
+    target = keras.Sequential([keras.Input((size, size, 3)), L.Conv2D(4, 3)])
+    cc.migrate(randomised(source, 1), randomised(target, 2), sample=SAMPLE)
+    check = cc.verify(source, target, sample=SAMPLE)
+    assert check.ok, check
+
+
+def test_a_sample_under_differentiation_is_taken_as_it_is():
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    sample = torch.from_numpy(SAMPLE).requires_grad_() * 1
+    cc.migrate(source, target, sample=sample)
+    assert cc.verify(source, target, sample=sample).ok
+    assert sample.requires_grad
+
+
+def test_a_list_of_arrays_of_one_shape_is_several_inputs_and_a_list_of_numbers_one():
+    inputs = [keras.Input((4,)), keras.Input((4,))]
+    source = keras.Model(inputs, L.Dense(3)(inputs[0]) - L.Dense(2)(inputs[1])[:, :1])
+    target = keras.models.clone_model(source)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    cc.migrate(randomised(source, 1), randomised(target, 2), sample=list(x))
+    assert cc.verify(source, target, sample=list(x)).ok
+    single = nn.Linear(4, 3)
+    assert cc.verify(single, single, sample=x[0].tolist()).ok
+
+
+def test_a_ragged_list_is_refused_by_name():
+    with pytest.raises(cc.InvalidInput, match=r"\[\[1, 2\], \[3\]\].*differ in length"):
+        cc.plan(small_torch(), small_keras(), sample=[[1, 2], [3]])
+
+
+def test_where_no_form_of_the_sample_fits_the_error_shows_those_tried_and_names_target_sample():
+    source, sample = nn.Sequential(*list(small_torch())[:2]), SAMPLE[..., :6]
+    for call in (cc.plan, cc.verify):
+        with pytest.raises(cc.InvalidInput, match=r"tried as \(2, 8, 6, 3\).*target_sample="):
+            call(source, small_keras(), sample)
+        with pytest.raises(cc.InvalidInput) as refused:
+            call(source, small_keras(), sample, target_sample=sample)
+        assert "target_sample=" not in str(refused.value)

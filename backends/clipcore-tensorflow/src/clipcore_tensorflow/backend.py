@@ -94,6 +94,9 @@ class TensorFlowBackend:
         _models.check_model(model)
         return _tracing.run(model, sample, watcher, self._running)
 
+    def to_array(self, tensor: Any) -> Array:
+        return _tensors.to_array(tensor)
+
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         return _models.input_shapes(model)
 

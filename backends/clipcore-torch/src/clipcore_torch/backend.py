@@ -86,6 +86,9 @@ class TorchBackend:
     def run(self, model: nn.Module, sample: Any, watcher: Watcher | None = None) -> Any:
         return _tracing.run(model, sample, watcher)
 
+    def to_array(self, tensor: Tensor) -> Array:
+        return _tensors.to_array(tensor)
+
     def input_shapes(self, model: nn.Module) -> None:
         """None: a module declares no shapes."""
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from clipcore.backend import Layer
+from clipcore.mapping.align import Agreement
 from clipcore.mapping.compare import Comparison
+from clipcore.mapping.differences import differences_between
 from clipcore.mapping.kinds import KINDS
 from clipcore.mapping.lockstep import values_for
 from clipcore.mapping.models import Call, Side
-from clipcore.mapping.plan import Plan, Row
+from clipcore.mapping.plan import Difference, Plan, Row
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,8 +54,10 @@ class Divergence:
 
 def compare_layers(
     ours: Side, theirs: Side, plan: Plan, source_calls: Sequence[Call], target_calls: Sequence[Call]
-) -> tuple[list[LayerAgreement], Divergence | None]:
-    """The agreement of matched layers, and the first that parts: by its tensors, or by its output."""
+) -> tuple[list[LayerAgreement], Divergence | None, list[Difference]]:
+    """The agreement of matched layers, the first that parts (by its tensors, or by its output), and the settings in
+    which they differ on this sample: a padding may depend on its size.
+    """
     comparison = Comparison(ours, theirs, source_calls)
     origin = {target: source for source, target in plan.layer_pairs}
     stale = _stale_rows(ours, theirs, plan)
@@ -60,23 +65,29 @@ def compare_layers(
     for index, call in enumerate(source_calls):
         places.setdefault(call.layer, []).append(index)
     layers: list[LayerAgreement] = []
+    differences: list[Difference] = []
     divergence = None
     for call in target_calls:
         remaining = places.get(origin.get(call.layer, ""), [])
         if not remaining:
             continue
         # of several calls of a shared layer, the one with this input
-        index = min(remaining, key=lambda i: comparison.inputs(i, call.layer, call.inputs).error)
+        inputs = {index: comparison.inputs(index, call.layer, call.inputs) for index in remaining}
+        index = min(inputs, key=lambda i: inputs[i].error)
         remaining.remove(index)
+        pair = ours.layers[origin[call.layer]], theirs.layers[call.layer]
+        ignored = frozenset({"padding"} if inputs[index].padded else ())
+        found = differences_between(*pair, source_calls[index], ignored)
+        differences += found
         error = comparison.layer_outputs(index, call.layer, call.output)[1]
         layers.append(LayerAgreement(origin[call.layer], call.layer, error))
         if divergence is None and (error > _TOLERANCE or call.layer in stale):
-            why = _why(comparison, plan, index, call, stale.pop(call.layer, None))
+            why = _why(inputs[index], pair[1], found, stale.pop(call.layer, None))
             divergence = Divergence(call.layer, origin[call.layer], error, *why)
     if divergence is None and stale:
         layer, row = next(iter(stale.items()))
         divergence = Divergence(layer, row.source_layer, 0.0, _not_carried(row), stale=True)
-    return layers, divergence
+    return layers, divergence, differences
 
 
 def _stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:
@@ -98,19 +109,18 @@ def _not_carried(row: Row) -> str:
     )
 
 
-def _why(comparison: Comparison, plan: Plan, index: int, call: Call, stale: Row | None) -> tuple[str, bool]:
+def _why(inputs: Agreement, layer: Layer, differences: Sequence[Difference], stale: Row | None) -> tuple[str, bool]:
     """(reason, whether a tensor is not what the plan carries)."""
     if stale is not None:
         return _not_carried(stale), True
-    came_in = comparison.inputs(index, call.layer, call.inputs).error
-    if came_in > 10 * _TOLERANCE:
+    if inputs.error > 10 * _TOLERANCE:
         return (
-            f"its input differs already (relative error {came_in:.1e}): an operation without weights before it "
+            f"its input differs already (relative error {inputs.error:.1e}): an operation without weights before it "
             f"(pooling, activation, padding, reshaping) is not the same"
         ), False
-    kind = KINDS.get(comparison.theirs.layers[call.layer].kind)
+    kind = KINDS.get(layer.kind)
     idle = kind.training_settings if kind else ()
-    found = [d for d in plan.differences if d.layer == call.layer and d.setting not in idle]
+    found = [difference for difference in differences if difference.setting not in idle]
     if found:
         return "; ".join(f"{d.setting}: the target has {d.target}, the source {d.source}" for d in found), False
     return "inputs, weights and the known settings agree; the layer computes something else", False

@@ -103,7 +103,7 @@ def verify(
         floor = max(_noise_floor(ours, run.sample, run.outputs[0]) for run in runs)
         worst_run = max(runs, key=lambda run: run.error)
         worst = worst_run.error
-        layers, divergence = compare_layers(ours, theirs, known, *worst_run.calls) if known else ([], None)
+        layers, divergence, seen = compare_layers(ours, theirs, known, *worst_run.calls) if known else ([], None, [])
         if plan:
             worst = max(worst, _hidden_error(ours, theirs, plan, runs[0]))
     allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)
@@ -116,11 +116,24 @@ def verify(
         worst,
         floor,
         None if ok else divergence,
-        known.differences if known else (),
+        _together(known.differences if known else (), seen),
         tuple(layers),
         tuple(describe(run.sample) for run in runs),
-        "" if ok else vacuous or _reason(divergence, runs[0], why_none),
+        "" if ok else vacuous or _where(runs, allowed) + _reason(divergence, runs[0], why_none),
     )
+
+
+def _together(known: Sequence[Difference], seen: Sequence[Difference]) -> tuple[Difference, ...]:
+    """The plan's differences, and those that another size of the sample shows."""
+    listed = {(difference.layer, difference.setting) for difference in known}
+    fresh = {(d.layer, d.setting): d for d in seen if (d.layer, d.setting) not in listed}
+    return (*known, *fresh.values())
+
+
+def _where(runs: Sequence[_Run], allowed: float) -> str:
+    """The shapes that fail, where others do not."""
+    failing = [describe(run.sample) for run in runs if run.error > allowed]
+    return f"on a sample of shape {', '.join(failing)} alone: " if 0 < len(failing) < len(runs) else ""
 
 
 def _says_nothing(outputs: Any, proven_otherwise: bool) -> str:

@@ -909,3 +909,19 @@ def test_where_no_form_of_the_sample_fits_the_error_shows_those_tried_and_names_
         with pytest.raises(cc.InvalidInput) as refused:
             call(source, small_keras(), sample, target_sample=sample)
         assert "target_sample=" not in str(refused.value)
+
+
+@pytest.mark.parametrize("size", [9, 8])
+def test_a_padding_that_differs_at_even_sizes_alone_is_named_with_the_size_that_shows_it(size):
+    source = randomised(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)), 1)
+    layers = [L.Conv2D(4, 3, strides=2, padding="same", activation="relu", name="conv"), L.Conv2D(4, 1)]
+    target = randomised(keras.Sequential([keras.Input((None, None, 3)), *layers]), 2)
+    sample = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    cc.migrate(source, target, sample=sample)
+    for plan in (None, cc.plan(source, target, sample=sample)):
+        check = cc.verify(source, target, sample=sample, plan=plan)
+        assert not check.ok
+        assert check.first_divergence.layer == "conv"
+        assert "padding: the target has ((0, 1), (0, 1)), the source ((1, 1), (1, 1))" in check.reason
+        assert check.reason.startswith("on a sample of shape (2, 3, 8, 8) alone: conv")
+        assert [(d.layer, d.setting) for d in check.differences] == [("conv", "padding")]

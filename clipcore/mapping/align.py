@@ -125,15 +125,10 @@ def other_order_fits(source: Array, target: Array, found: Agreement, orders: Ite
     held = {found.arrangement.apply(places).tobytes()}
     for order in (SAME, *orders):
         permutation = order.apply(places).tobytes()
-        if permutation not in held and as_close(relative_error(order.apply(source), target), found.error):
+        if permutation not in held and relative_error(order.apply(source), target) <= max(_SAME, 8 * found.error):
             return True
         held.add(permutation)
     return False
-
-
-def as_close(error: float, closest: float) -> bool:
-    """Whether an error is no worse than the smallest one, rounding aside."""
-    return error <= max(_SAME, 8 * closest)
 
 
 def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:

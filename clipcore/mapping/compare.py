@@ -33,12 +33,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # differ by far more.
 _TOLERANCE = {"float16": 5e-2, "bfloat16": 5e-2}
 _DEFAULT_TOLERANCE = 1e-3
+_EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float64": 2.0**-52}
+_DEFAULT_EPS = 2.0**-23
 
 
 def tolerance(ours: Any, theirs: Any) -> float:
     """The relative error up to which activations of two models count as the same: by the coarser of their dtypes."""
     arrays = [value for _, value in leaves([ours, theirs]) if isinstance(value, np.ndarray)]
     return max((_TOLERANCE.get(v.dtype.name, _DEFAULT_TOLERANCE) for v in arrays), default=_DEFAULT_TOLERANCE)
+
+
+def as_close(error: float, closest: float, ours: Any, theirs: Any) -> bool:
+    """Whether an error of activations says no less than the smallest one does: rounding alone makes as much of it."""
+    arrays = [value for _, value in leaves([ours, theirs]) if isinstance(value, np.ndarray)]
+    eps = max((_EPS.get(value.dtype.name, _DEFAULT_EPS) for value in arrays), default=_DEFAULT_EPS)
+    return error <= max(4 * eps, 8 * closest)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _MOST_RUNS = 400  # of the target, over all ties together
 _OUTPUTS = "<outputs>"
+_NOWHERE = "<nowhere>"
 _UNEXPLAINED = "an operation without weights before it (pooling, activation, padding, reshaping) is not the same"
 
 
@@ -82,6 +85,8 @@ class _Search:
     def __init__(self, comparison: Comparison, outputs: Any, weights: Mapping[str, Array]) -> None:
         self._comparison, self._outputs, self._weights = comparison, outputs, weights
         self._sample: Any = None
+        self._bounds: Sequence[float] = ()
+        self._known = False  # whether a run without contradiction is known
         self._runs = 0
 
     def solve(self, forms: Sequence[Any]) -> tuple[LockStep, dict[str, Evidence]]:
@@ -102,6 +107,8 @@ class _Search:
             # a form that the target ran on says more than one that it refused
             raise next((err for err in failures if isinstance(err, MappingError)), failures[0])
         step, self._sample = min(found, key=lambda pair: len(pair[0].excused))
+        self._known = True
+        step = self._refined(step)
         return step, self._settle(step)
 
     def _with_excuses(self) -> LockStep:
@@ -132,22 +139,47 @@ class _Search:
 
     def _run(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
         self._runs += 1
-        step = LockStep(self._comparison, self._weights, choices, excused)
+        step = LockStep(self._comparison, self._weights, choices, excused, self._bounds)
         try:
             outputs = self._comparison.theirs.run(self._sample, step)
         except Exception:
             # frameworks may wrap what a watcher raises
             if isinstance(step.stopped, Contradiction):
                 return step, step.stopped.place
+            if self._known and isinstance(step.stopped, MappingError):
+                return step, _NOWHERE
             if step.stopped is not None:
                 raise step.stopped from None
             raise
-        agreed = self._comparison.model_outputs(self._outputs, outputs) <= tolerance(self._outputs, outputs)
-        return step, None if agreed or _OUTPUTS in excused else _OUTPUTS
+        error = self._comparison.model_outputs(self._outputs, outputs)
+        agreed = error <= tolerance(self._outputs, outputs)
+        if not (agreed or _OUTPUTS in excused) or (agreed and not step.within_bound(error, self._outputs, outputs)):
+            return step, _OUTPUTS
+        step.errors.append(error if agreed else 0.0)
+        return step, None
+
+    def _refined(self, step: LockStep) -> LockStep:
+        """The run that remains when errors within the tolerance are taken as contradictions where other choices avoid
+        them: a branch of small weight hides what stands in it, and shows as a jump of the error.
+        """
+        bounds = [math.inf] * len(step.errors)
+        for turn in range(len(bounds)):
+            error, before = step.errors[turn], max(step.errors[:turn], default=0.0)
+            if not step.ties or error <= 8 * before or self._runs >= _MOST_RUNS:
+                continue
+            bounds[turn] = error / 8
+            self._bounds = bounds
+            better, place = self._search((), step.excused)
+            if place is None and better.errors[turn] < error / 8:
+                step = better
+            else:
+                bounds[turn] = math.inf
+        return step
 
     def _settle(self, step: LockStep) -> dict[str, Evidence]:
         """For each tie, whether another choice would do as well; then the names must tell."""
         settled: dict[str, Evidence] = {}
+        self._bounds = [8 * error for error in accumulate(step.errors, max)]
         second = _next_choices(step)
         while second is not None and self._runs < _MOST_RUNS:
             other, place = self._run(second, step.excused)

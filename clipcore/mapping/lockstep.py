@@ -20,7 +20,7 @@ import numpy as np
 from clipcore.backend import Layer, Tensor
 from clipcore.errors import MappingError
 from clipcore.mapping.align import SAME, Agreement, Arrangement
-from clipcore.mapping.compare import Comparison, tolerance
+from clipcore.mapping.compare import Comparison, as_close, tolerance
 from clipcore.mapping.kinds import KINDS
 from clipcore.mapping.layouts import axis_sizes, canonical_shape, transformation
 from clipcore.mapping.models import Side
@@ -130,16 +130,20 @@ class LockStep:
     Attributes:
         choices: for each tie in turn, which of its options to take; the first where none is given.
         excused: layers that may see another input than their origin, or give another output.
+        bounds: for each call of the target in turn, the largest error of its input that is no contradiction.
         served: layers of the source of which a call was met.
+        errors: for each call of the target in turn, the error of its input; 0 where it was excused.
     """
 
     comparison: Comparison
     weights: Mapping[str, Array]
     choices: Sequence[int] = ()
     excused: frozenset[str] = frozenset()
+    bounds: Sequence[float] = ()
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
+    errors: list[float] = field(default_factory=list)
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
     _placed: set[str] = field(default_factory=set)
@@ -164,16 +168,23 @@ class LockStep:
         names = self._candidates(layer)
         if not names and self._is_placed(layer):
             self._open.append(None)
+            self.errors.append(0.0)
             return None
         found = self._same_input(layer, names, inputs)
+        error = 0.0
         if known and found:
-            match, index = known, min(found.values(), key=lambda pair: pair[0].error)[1]
+            match, (agreement, index) = known, min(found.values(), key=lambda pair: pair[0].error)
+            error = agreement.error
         elif found:
             match, index = self._choose(layer, found, inputs)
+            error = match.input_error
         elif layer in self.excused:
             match, index = self._by_structure(layer, inputs)
         else:
             raise Contradiction(layer)
+        if not self.within_bound(error, self.comparison.calls[index].inputs, inputs):
+            raise Contradiction(layer)
+        self.errors.append(error)
         if known:
             match = known
         else:
@@ -197,6 +208,11 @@ class LockStep:
         if match.options > 1 and layer not in self.excused:
             raise Contradiction(layer)
         return replaced
+
+    def within_bound(self, error: float, ours: Any, theirs: Any) -> bool:
+        """Whether the error of the next call's input, or of the outputs after the last, contradicts no bound."""
+        turn = len(self.errors)
+        return turn >= len(self.bounds) or as_close(error, self.bounds[turn] / 8, ours, theirs)
 
     def _candidates(self, layer: str) -> list[str]:
         """The source's layers that a call of the target's layer may be one of: those with a call that is not met yet;
@@ -238,7 +254,11 @@ class LockStep:
                 best[call.layer] = agreement, index
         closest = min((agreement.error for agreement, _ in best.values()), default=0.0)
         # candidates much further off than the closest saw something else that is merely alike
-        return {name: pair for name, pair in best.items() if pair[0].error <= max(1e-5, 8 * closest)}
+        return {
+            name: (agreement, index)
+            for name, (agreement, index) in best.items()
+            if as_close(agreement.error, closest, self.comparison.calls[index].inputs, inputs)
+        }
 
     def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]], inputs: list[Array]) -> tuple[Match, int]:
         options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))

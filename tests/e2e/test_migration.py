@@ -925,3 +925,86 @@ def test_a_padding_that_differs_at_even_sizes_alone_is_named_with_the_size_that_
         assert "padding: the target has ((0, 1), (0, 1)), the source ((1, 1), (1, 1))" in check.reason
         assert check.reason.startswith("on a sample of shape (2, 3, 8, 8) alone: conv")
         assert [(d.layer, d.setting) for d in check.differences] == [("conv", "padding")]
+
+
+@pytest.mark.parametrize("names", [("q", "k"), ("first", "second")])
+def test_a_branch_of_small_weight_is_told_apart_by_execution_and_not_by_names_that_mislead(names):
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    source = randomised(Gated(strength=2e-4, rest=1.0), 1)
+    target = randomised(gated_in_keras(names, strength=2e-4, rest=1.0), 2)
+    plan = cc.plan(source, target, sample=x)
+    assert {row.target_layer: row.source_layer for row in plan.rows} == {names[0]: "k", names[1]: "q", "out": "o"}
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=x, plan=plan).ok
+
+
+class Residual(nn.Module):
+    """Blocks that add little to what flows: a gate of three layers each, called in another order in the target."""
+
+    def __init__(self, order, blocks=3, strength=2e-4):
+        super().__init__()
+        self.order, self.strength = order, strength
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(6, 6) for _ in range(3)) for _ in range(blocks))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            given = {}
+            for place, role in enumerate(self.order):
+                given[role] = block[place](x)
+            x = x + self.strength * torch.tanh(given["a"]) * torch.sigmoid(given["b"]) * given["c"]
+        return self.out(x)
+
+
+@pytest.mark.parametrize("order", ["abc", "bca", "cab", "cba"])
+@pytest.mark.parametrize("strength", [1.0, 1e-2, 2e-4])
+def test_many_branches_of_small_weight_are_each_told_apart(order, strength):
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    source = randomised(Residual("abc", strength=strength), 1)
+    target = randomised(Residual(order, strength=strength), 2)
+    plan = cc.plan(source, target, sample=x)
+    for row in plan.rows:
+        _, *place = row.target_layer.split(".")
+        origin = f"blocks.{place[0]}.{'abc'.index(order[int(place[1])])}" if place else "out"
+        assert row.source_layer == origin
+        assert row.evidence == "proven"
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.out = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 1e-6 * layer(x)
+        return self.out(x)
+
+
+def test_layers_of_a_stack_whose_inputs_are_nearly_the_same_are_told_apart():
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    inputs = y = keras.Input((6,))
+    for _ in range(3):
+        y = y + 1e-6 * L.Dense(6)(y)
+    source, target = randomised(Stack(), 1), randomised(keras.Model(inputs, L.Dense(2)(y)), 2)
+    plan = cc.plan(source, target, sample=x)
+    assert [row.source_layer for row in plan.rows if row.role == "kernel"] == [
+        "layers.0",
+        "layers.1",
+        "layers.2",
+        "out",
+    ]
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=x, plan=plan).ok
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_towers_that_compute_the_same_are_settled_by_name_in_another_framework_too(count):
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    names = ["image", "text", "sound", "smell"][:count]
+    inputs = keras.Input((6,))
+    towers = [L.Dense(6, "tanh", name=name)(inputs) for name in reversed(names)]
+    source, target = randomised(Towers(names), 1), randomised(keras.Model(inputs, L.Add()(towers)), 2)
+    plan = cc.plan(source, target, sample=x)
+    assert all(row.source_layer == row.target_layer and row.evidence == "name" for row in plan.rows)

@@ -7,7 +7,7 @@ flattened feature map that follows from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +129,21 @@ def other_order_fits(source: Array, target: Array, found: Agreement, orders: Ite
             return True
         held.add(permutation)
     return False
+
+
+def resembling(source: Array, target: Array, candidates: Sequence[Arrangement]) -> Arrangement | None:
+    """The arrangement in which two values that differ are still alike (another activation or pooling keeps large what
+    was large): of which the correlation falls at most half as short of 1 as any other's. None where none stands out.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    wide = target.astype(np.float64)
+    values = [arrangement.apply(source).astype(np.float64) for arrangement in candidates]
+    if any(value.shape != wide.shape or np.ptp(value) == 0 for value in (*values, wide)):
+        return None
+    short = [1 - float(np.corrcoef(value.ravel(), wide.ravel())[0, 1]) for value in values]
+    best, second, *_ = sorted(range(len(short)), key=short.__getitem__)
+    return candidates[best] if 2 * short[best] <= short[second] else None
 
 
 def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:

@@ -22,6 +22,7 @@ from clipcore.mapping.align import (
     moved,
     other_order_fits,
     relative_error,
+    resembling,
 )
 from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.models import Call, Side
@@ -59,15 +60,16 @@ class Comparison:
     calls: Sequence[Call]
     sample: Any = None
 
-    def expected(self, value: Array, index: int) -> Arrangement:
-        """How the target holds an input of call `index` of the source by the two frameworks' conventions alone."""
+    def expected(self, value: Array, theirs: Array, index: int) -> Arrangement | None:
+        """How the target holds an input of call `index` of the source where its values differ: by the two frameworks'
+        conventions, and for features that may be flattened by which order is alike; None where that does not tell.
+        """
         if self.ours.channels == self.theirs.channels or value.ndim < 2:
             return SAME
-        first = self.ours.channels == "first"
         if value.ndim >= 3:
-            return moved(value.ndim)[1 if first else 2]
-        orders = self._likely(value, index)
-        return orders[0] if orders else SAME
+            return moved(value.ndim)[1 if self.ours.channels == "first" else 2]
+        orders = [] if self._given_by_a_kernel(value, index) else self._likely(value, index)
+        return resembling(value, theirs, [SAME, *orders])
 
     def order_is_open(self, index: int, theirs: Sequence[Array], found: Agreement) -> bool:
         """Whether the features that call `index` of the source takes may be a flattened feature map's, and their values

@@ -176,7 +176,8 @@ class LockStep:
             match, (agreement, index) = known, min(found.values(), key=lambda pair: pair[0].error)
             error = agreement.error
         elif found:
-            match, index = self._choose(layer, found, inputs)
+            match, index = self._choose(layer, found)
+            self._check_order(layer, found[match.source][0], index, inputs)
             error = match.input_error
         elif layer in self.excused:
             match, index = self._by_structure(layer, inputs)
@@ -260,7 +261,7 @@ class LockStep:
             if as_close(agreement.error, closest, self.comparison.calls[index].inputs, inputs)
         }
 
-    def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]], inputs: list[Array]) -> tuple[Match, int]:
+    def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
         options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))
         chosen = 0
         if len(options) > 1:
@@ -268,12 +269,6 @@ class LockStep:
             chosen = self.choices[turn] if turn < len(self.choices) else 0
             self.ties.append(Tie(layer, tuple(options), chosen))
         agreement, index = found[options[chosen]]
-        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
-        if kind and kind.features and self.comparison.order_is_open(index, inputs, agreement):
-            raise MappingError(
-                f"on this sample too many features that the target's layer {layer!r} takes are the same: their order "
-                f"after flattening cannot be seen; give another sample"
-            )
         match = Match(
             options[chosen],
             layer,
@@ -284,11 +279,45 @@ class LockStep:
         )
         return match, index
 
+    def _check_order(self, layer: str, agreement: Agreement, index: int, inputs: list[Array]) -> None:
+        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
+        if kind and kind.features and self.comparison.order_is_open(index, inputs, agreement):
+            raise MappingError(
+                f"on this sample too many features that the target's layer {layer!r} takes are the same: their order "
+                f"after flattening cannot be seen; give another sample"
+            )
+
     def _by_structure(self, layer: str, inputs: list[Array]) -> tuple[Match, int]:
-        """The origin of a layer whose input no source layer saw: the only one of its kind and shape, or by order."""
-        wanted = signature(self.comparison.theirs.layers[layer])
+        """The origin of a layer whose input no source layer saw: with the input that the one of its kind and shape saw,
+        or the next of them in order, any layer that saw that input as well.
+        """
         known = self.matches.get(layer)
-        names = [known.source] if known else [n for n in self._candidates(layer) if n not in self.served]
+        name = known.source if known else self._next_in_order(layer)
+        index = self._next_call(name)
+        if known:
+            return known, index
+        options = {name: index}
+        for other in self._candidates(layer):
+            call = self._next_call(other)
+            if self._same_call_inputs(index, call):
+                options.setdefault(other, call)
+        arrangement = self._expected_arrangement(layer, index, inputs)
+        return self._choose(layer, {other: (Agreement(math.inf, arrangement), i) for other, i in options.items()})
+
+    def _next_call(self, name: str) -> int:
+        """The first call of a source layer that is not met yet; the first of all where every one is."""
+        calls = [index for index, call in enumerate(self.comparison.calls) if call.layer == name]
+        return next((index for index in calls if index not in self._used), calls[0])
+
+    def _same_call_inputs(self, first: int, second: int) -> bool:
+        ours, others = (self.comparison.calls[index].inputs for index in (first, second))
+        return len(ours) == len(others) and all(map(np.array_equal, ours, others))
+
+    def _next_in_order(self, layer: str) -> str:
+        """The source layer left of this kind and shape: by an equal name, the only one, or the next in execution."""
+        wanted = signature(self.comparison.theirs.layers[layer])
+        candidates = self._candidates(layer)
+        names = [name for name in candidates if name not in self.served] or candidates
         waiting = [
             name
             for name, other in self.comparison.theirs.layers.items()
@@ -299,16 +328,23 @@ class LockStep:
         speaking = {plain_name(name) for name in names} & {plain_name(name) for name in waiting}
         if len(fitting) != 1 and (not names or (len(names) > 1 and (speaking or len(names) != len(waiting)))):
             raise MappingError(_no_place(layer, self.comparison.theirs.layers[layer], names, self.comparison.ours))
-        name = [*fitting, *names][0]
-        index = next(i for i, call in enumerate(self.comparison.calls) if call.layer == name)
-        return Match(name, layer, self._expected_arrangement(index, inputs), math.inf), index
+        return [*fitting, *names][0]
 
-    def _expected_arrangement(self, index: int, inputs: list[Array]) -> Arrangement:
-        """Where values cannot tell: what the two frameworks' conventions make of such an input."""
+    def _expected_arrangement(self, layer: str, index: int, inputs: list[Array]) -> Arrangement:
         ours = self.comparison.calls[index].inputs
+        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
         if not ours or not inputs or ours[0].ndim != inputs[0].ndim:
             return SAME
-        return self.comparison.expected(ours[0], index)
+        if ours[0].ndim < 3 and not (kind and kind.features):
+            return SAME
+        arrangement = self.comparison.expected(ours[0], inputs[0], index)
+        if arrangement is None:
+            raise MappingError(
+                f"the {ours[0].shape[-1]} features that the target's layer {layer!r} takes differ from the source's, "
+                f"so that their order after flattening cannot be seen; let what comes before it (pooling, activation) "
+                f"compute the same, or give another sample"
+            )
+        return arrangement
 
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match

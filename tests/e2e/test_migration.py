@@ -1008,3 +1008,106 @@ def test_more_towers_that_compute_the_same_are_settled_by_name_in_another_framew
     source, target = randomised(Towers(names), 1), randomised(keras.Model(inputs, L.Add()(towers)), 2)
     plan = cc.plan(source, target, sample=x)
     assert all(row.source_layer == row.target_layer and row.evidence == "name" for row in plan.rows)
+
+
+class Pooled(nn.Module):
+    """Two layers on one pooled input, told apart by their activations or by nothing."""
+
+    def __init__(self, gate=torch.sigmoid, names=("q", "k")):
+        super().__init__()
+        self.names, self.gate = names, gate
+        for name in names:
+            self.add_module(name, nn.Conv2d(3, 3, 1))
+        self.o = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(x, 2)
+        q, k = (getattr(self, name) for name in self.names)
+        return self.o(torch.tanh(q(x)) * self.gate(k(x)))
+
+
+def pooled_in_keras(gate="sigmoid", names=("first", "second")):
+    """The same behind another pooling; the gate runs first."""
+    inputs = keras.Input((8, 8, 3))
+    x = L.AveragePooling2D(2)(inputs)
+    first, second = (
+        L.Conv2D(3, 1, activation=gate, name=names[0])(x),
+        L.Conv2D(3, 1, activation="tanh", name=names[1])(x),
+    )
+    return keras.Model(inputs, L.Conv2D(2, 1, name="o")(L.Multiply()([first, second])))
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("q", "k")])
+def test_layers_behind_a_difference_that_saw_one_input_are_told_apart_by_what_follows(names):
+    source, target = randomised(Pooled(), 1), randomised(pooled_in_keras(names=names), 2)
+    plan = cc.plan(source, target, sample=SAMPLE)
+    assert {row.target_layer: row.source_layer for row in plan.rows} == {names[0]: "k", names[1]: "q", "o": "o"}
+    assert {row.evidence for row in plan.rows if row.target_layer != "o"} == {"structure"}
+    assert {difference.layer for difference in plan.differences} == set(names)
+
+
+def test_layers_behind_a_difference_that_compute_the_same_are_an_error_unless_named():
+    source = randomised(Pooled(torch.tanh, ("alpha", "omega")), 1)
+    with pytest.raises(cc.MappingError, match="'alpha', 'omega'"):
+        cc.plan(source, randomised(pooled_in_keras("tanh"), 2), sample=SAMPLE)
+    plan = cc.plan(source, randomised(pooled_in_keras("tanh", ("omega", "alpha")), 2), sample=SAMPLE)
+    assert all(row.source_layer == row.target_layer for row in plan.rows)
+    assert {row.evidence for row in plan.rows if row.target_layer != "o"} == {"name"}
+
+
+class Forked(nn.Module):
+    """A map of 4 channels flattened, beside a later one of 8 that is averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.d, self.e = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 8, 3), nn.Linear(64, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y, z = torch.relu(self.a(x)), torch.relu(self.b(x))
+        return self.d(y.flatten(1)) + self.e(z.mean((2, 3)))
+
+
+def forked_in_keras(activation):
+    inputs = keras.Input((6, 6, 3))
+    y, z = (L.Conv2D(width, 3, activation=activation, name=name)(inputs) for width, name in ((4, "a"), (8, "b")))
+    d, e = L.Dense(3, name="d")(L.Flatten()(y)), L.Dense(3, name="e")(L.GlobalAveragePooling2D()(z))
+    return keras.Model(inputs, d + e)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "softplus"])
+def test_the_order_of_features_behind_a_difference_is_the_one_in_which_they_are_alike(activation):
+    sample = np.random.default_rng(0).standard_normal((8, 3, 6, 6)).astype(np.float32)
+    plan = cc.plan(randomised(Forked(), 1), randomised(forked_in_keras(activation), 2), sample=sample)
+    sizes = {row.target_layer: dict(row.sizes) for row in plan.rows if row.role == "kernel"}
+    assert sizes["d"] == {"channel": 4}
+    assert sizes["e"] == {}
+
+
+def test_an_order_of_features_behind_a_difference_that_nothing_tells_is_an_error_and_no_guess():
+    source = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 2))
+    layers = [L.Conv2D(4, 1), L.Flatten(), L.Lambda(lambda x: keras.ops.cos(100 * x)), L.Dense(2, name="last")]
+    target = keras.Sequential([keras.Input((4, 4, 3)), *layers])
+    with pytest.raises(cc.MappingError, match=r"64 features .*'last'.*cannot be seen"):
+        cc.plan(randomised(source, 1), randomised(target, 2), sample=SAMPLE[:, :, :4, :4])
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.l, self.o = nn.Conv2d(3, 4, 3), nn.Linear(16, 5), nn.Linear(5, 2)
+
+    def forward(self, a, b):
+        first, second = (self.l(nn.functional.max_pool2d(self.c(x), 2).flatten(1)) for x in (a, b))
+        return self.o(first - second)
+
+
+def test_each_call_of_a_shared_layer_behind_a_difference_has_its_own_input():
+    inputs = [keras.Input((6, 6, 3)), keras.Input((6, 6, 3))]
+    c, dense = L.Conv2D(4, 3, name="c"), L.Dense(5, name="l")
+    first, second = (dense(L.Flatten()(L.AveragePooling2D(2)(c(x)))) for x in inputs)
+    target = keras.Model(inputs, L.Dense(2, name="o")(first - second))
+    sample = tuple(np.random.default_rng(0).standard_normal((2, 4, 3, 6, 6)).astype(np.float32))
+    plan = cc.plan(randomised(Siamese(), 1), randomised(target, 2), sample=sample)
+    assert [(difference.layer, difference.setting) for difference in plan.differences] == [("l", "input")]
+    assert {row.target_layer: row.evidence for row in plan.rows} == {"c": "proven", "l": "structure", "o": "proven"}
+    assert all(row.source_layer == row.target_layer for row in plan.rows)

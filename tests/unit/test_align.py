@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcore.mapping.align import SAME, agree, flattened, likely, other_order_fits, relative_error
+from clipcore.mapping.align import SAME, agree, flattened, likely, other_order_fits, relative_error, resembling
 
 RNG = np.random.default_rng(0)
 
@@ -82,3 +82,15 @@ def test_an_order_is_open_if_and_only_if_the_features_come_out_the_same_in_anoth
     # in an order that moves nothing at all there is no other one
     expected = channels > 1 and places > 1 and np.array_equal(source, exchanged)
     assert other_order_fits(source, source, found, likely(channels * places, [channels], first=True)) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([2, 3, 4, 6, 8, 12]), st.sampled_from([np.tanh, np.exp, lambda x: np.maximum(x, 0)]))
+def test_values_that_another_function_has_changed_are_alike_in_their_own_order(channels, function):
+    feature_map = np.random.default_rng(channels).standard_normal((16, channels, 24 // channels))
+    source = feature_map.reshape(16, 24)
+    target = function(feature_map).transpose(0, 2, 1).reshape(16, 24)
+    candidates = [SAME, *likely(24, [2, 3, 4, 6, 8, 12], first=True)]
+    assert dict(resembling(source, target, candidates).sizes) == {"channel": channels}
+    assert resembling(source, function(source), candidates) == SAME
+    assert resembling(source, np.random.default_rng(1).standard_normal((16, 24)), candidates) is None

@@ -1,17 +1,20 @@
 """Comparing what flows in two models: equal up to layout, and in which arrangement of axes.
 
-The only rearrangements that frameworks make of the same activations are a moved channel axis, and the order of a
-flattened feature map that follows from it.
+The only rearrangements that frameworks make of the same activations are a moved channel axis, and the order of
+flattened feature maps that follows from it: of one, or of several put one behind the other, with plain features
+between.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange
+from einops import EinopsError, rearrange
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -23,10 +26,59 @@ class Arrangement(NamedTuple):
     target: str
     sizes: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def joins(self) -> bool:
+        """Whether one axis is made of segments, each with its own order."""
+        return " + " in self.source
+
     def apply(self, value: Array) -> Array:
         """The source's value as the target holds it."""
-        result: Array = rearrange(value, f"{self.source} -> {self.target}", **dict(self.sizes))
-        return result
+        return carried(value, f"{self.source} -> {self.target}", dict(self.sizes))
+
+
+def carried(array: Array, pattern: str, sizes: Mapping[str, int]) -> Array:
+    """The array rearranged by an einops pattern in which one axis may be made of segments, each with its own order.
+
+    >>> carried(np.arange(6), "(a b + c) -> (b a + c)", {"a": 2, "b": 2, "c": 2})
+    array([0, 2, 1, 3, 4, 5])
+    """
+    before, _, after = pattern.partition(" -> ")
+    sides = [_SEGMENTED.search(side) for side in (before, after)]
+    if sides[0] is None or sides[1] is None:
+        return _rearranged(array, pattern, sizes)
+    segments = [match[1].split(" + ") for match in sides if match]
+    axes = [_axis_of(side, match.span()) for side, match in zip((before, after), sides, strict=True) if match]
+    ends = list(accumulate(math.prod(sizes[name] for name in segment.split()) for segment in segments[0]))
+    if ends[-1] != array.shape[axes[0]]:
+        raise EinopsError(f"segments of {ends[-1]} elements do not make up an axis of {array.shape[axes[0]]}")
+    parts = [
+        _rearranged(
+            part,
+            f"{_SEGMENTED.sub(f'({ours})', before)} -> {_SEGMENTED.sub(f'({theirs})', after)}",
+            {name: size for name, size in sizes.items() if name not in _names(segments[0]) - set(ours.split())},
+        )
+        for part, ours, theirs in zip(np.split(array, ends[:-1], axes[0]), *segments, strict=True)
+    ]
+    return np.concatenate(parts, axes[1])
+
+
+_SEGMENTED = re.compile(r"\(([^()]* \+ [^()]*)\)")
+
+
+def _names(segments: Iterable[str]) -> set[str]:
+    return {name for segment in segments for name in segment.split()}
+
+
+def _axis_of(side: str, span: tuple[int, int]) -> int:
+    """The number of the axis that stands at a place of one side of a pattern."""
+    before, after = (re.findall(r"\([^()]*\)|\S+", part) for part in (side[: span[0]], side[span[1] :]))
+    return -1 - len(after) if "..." in before else len(before)
+
+
+def _rearranged(array: Array, pattern: str, sizes: Mapping[str, int]) -> Array:
+    # einops warns of axes that are named like a keyword of Python
+    result: Array = rearrange(array, re.sub(r"\bin\b", "input", pattern), **sizes)
+    return result
 
 
 SAME = Arrangement("...", "...")
@@ -97,6 +149,55 @@ def likely(features: int, channels: Iterable[int], first: bool) -> list[Arrangem
     return [Arrangement(*sides, (("channel", c),)) for c in fitting]
 
 
+def joined(source: Array, target: Array, channels: Iterable[int], first: bool, allowed: float) -> list[Arrangement]:
+    """Up to two orders in which the target may hold features that are flattened feature maps with one of these numbers
+    of channels and plain features, one behind the other: two, where the values do not tell.
+
+    Args:
+        first: whether the source has the channel axis first.
+        allowed: the relative error up to which two features are the same.
+    """
+    if not same_contents(source, target):
+        return []
+    ours, theirs = (value.astype(np.float64).reshape(-1, value.shape[-1]) for value in (source, target))
+    features, allowed = ours.shape[1], allowed * float(np.abs(ours).max(initial=0.0))
+    plain = np.asarray((np.abs(ours - theirs) <= allowed).all(0))
+    # from the end: the ways in which the features from each place on can be held
+    ways: list[list[tuple[tuple[int, int], ...]]] = [[] for _ in range(features)] + [[()]]
+    solved = np.array([False] * features + [True])
+    for start in np.flatnonzero(plain)[::-1].tolist():
+        found = [((1, 1), *rest) for rest in ways[start + 1]]
+        for count in dict.fromkeys(c for c in channels if c > 1):
+            places = np.arange(2, (features - start) // count + 1)
+            ends = start + count * places
+            # the second feature and the last tell most orders apart without a look at the others
+            seconds = ours[:, start + (places if first else np.full_like(places, count))]
+            fits = (np.abs(seconds - theirs[:, start + 1 : start + 2]) <= allowed).all(0)
+            for size in places[fits & solved[ends] & plain[ends - 1]].tolist():
+                end = start + count * size
+                shape = (-1, count, size) if first else (-1, size, count)
+                turned = ours[:, start:end].reshape(shape).swapaxes(1, 2).reshape(len(ours), -1)
+                if (np.abs(turned - theirs[:, start:end]) <= allowed).all():
+                    found += [((count, size), *rest) for rest in ways[end]]
+        ways[start] = found[:2]
+        solved[start] = bool(found)
+    return [_of_segments(way, first) for way in ways[0]]
+
+
+def _of_segments(way: Sequence[tuple[int, int]], first: bool) -> Arrangement:
+    """The arrangement of segments of (channels, places); single features are put together to plain segments."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    sizes: list[tuple[str, int]] = []
+    for number, (is_plain, group) in enumerate(groupby(way, key=lambda segment: segment == (1, 1))):
+        for count, places in [(len(list(group)), 1)] if is_plain else group:
+            axes = [f"plain{number}"] if is_plain else [f"channel{len(sizes)}", f"spatial{len(sizes)}"]
+            sizes += zip(axes, (count, places), strict=False)
+            for side, channels_first in zip(sides, (first, not first), strict=True):
+                side.append(" ".join(axes if channels_first else reversed(axes)))
+    source, target = (f"... ({' + '.join(side)})" for side in sides)
+    return Arrangement(source, target, tuple(sizes))
+
+
 def agree(source: Array, target: Array, orders: Callable[[], Iterable[Arrangement]] = tuple) -> Agreement:
     """The arrangement in which two values are closest; of equally close ones, the first.
 
@@ -106,7 +207,7 @@ def agree(source: Array, target: Array, orders: Callable[[], Iterable[Arrangemen
     if source.ndim != target.ndim or source.size != target.size:
         return Agreement(math.inf, SAME)
     best = closest(source, target, moved(source.ndim))
-    if best.error <= _SAME or source.ndim < 2 or not _same_contents(source, target):
+    if best.error <= _SAME or source.ndim < 2 or not same_contents(source, target):
         return best
     other = closest(source, target, orders())
     return other if other.error < best.error else best
@@ -133,17 +234,17 @@ def other_order_fits(source: Array, target: Array, found: Agreement, orders: Ite
 
 def resembling(source: Array, target: Array, candidates: Sequence[Arrangement]) -> Arrangement | None:
     """The arrangement in which two values that differ are still alike (another activation or pooling keeps large what
-    was large): of which the correlation falls at most half as short of 1 as any other's. None where none stands out.
+    was large): of which the correlation is at least half, and falls at most half as short of 1 as any other's. None
+    where none stands out.
     """
-    if len(candidates) == 1:
-        return candidates[0]
     wide = target.astype(np.float64)
     values = [arrangement.apply(source).astype(np.float64) for arrangement in candidates]
     if any(value.shape != wide.shape or np.ptp(value) == 0 for value in (*values, wide)):
         return None
     short = [1 - float(np.corrcoef(value.ravel(), wide.ravel())[0, 1]) for value in values]
-    best, second, *_ = sorted(range(len(short)), key=short.__getitem__)
-    return candidates[best] if 2 * short[best] <= short[second] else None
+    best, *others = sorted(range(len(short)), key=short.__getitem__)
+    stands_out = short[best] <= 0.5 and all(2 * short[best] <= short[other] for other in others)
+    return candidates[best] if stands_out else None
 
 
 def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:
@@ -156,7 +257,7 @@ def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> 
     return best
 
 
-def _same_contents(source: Array, target: Array) -> bool:
+def same_contents(source: Array, target: Array) -> bool:
     """Whether each row may hold the same numbers in another order: a quick look before every order is tried."""
     if source.shape != target.shape or is_exact(source) or source.dtype.kind == "c" or source.shape[-1] < 4:
         return False

@@ -17,7 +17,9 @@ from clipcore.mapping.align import (
     Agreement,
     Arrangement,
     agree,
+    closest,
     flattened,
+    joined,
     likely,
     moved,
     other_order_fits,
@@ -68,20 +70,29 @@ class Comparison:
             return SAME
         if value.ndim >= 3:
             return moved(value.ndim)[1 if self.ours.channels == "first" else 2]
-        orders = [] if self._given_by_a_kernel(value, index) else self._likely(value, index)
-        return resembling(value, theirs, [SAME, *orders])
+        if not self._channels_before[index] or self._given_by_a_kernel(value, index):
+            return SAME
+        return resembling(value, theirs, [SAME, *self._likely(value, index)])
 
     def order_is_open(self, index: int, theirs: Sequence[Array], found: Agreement) -> bool:
         """Whether the features that call `index` of the source takes may be a flattened feature map's, and their values
         do not tell in which order the target holds them.
         """
         ours = self.calls[index].inputs
-        return (
-            len(ours) == len(theirs) == 1
-            and "batch" not in found.arrangement.source
-            and other_order_fits(ours[0], theirs[0], found, self._likely(ours[0], index))
-            and not self._given_by_a_kernel(ours[0], index)
-        )
+        if len(ours) != 1 or len(theirs) != 1 or "batch" in found.arrangement.source:
+            return False
+        if found.arrangement.joins:
+            return len(self._joined(ours[0], theirs[0], index)) > 1
+        return other_order_fits(
+            ours[0], theirs[0], found, self._likely(ours[0], index)
+        ) and not self._given_by_a_kernel(ours[0], index)
+
+    def _joined(self, ours: Array, theirs: Array, index: int) -> list[Arrangement]:
+        """The orders of several feature maps that were flattened and put together, in an input of this call."""
+        if self.ours.channels == self.theirs.channels or ours.ndim < 2 or ours.shape != theirs.shape:
+            return []
+        first = self.ours.channels == "first"
+        return joined(ours, theirs, self._channels_before[index], first, tolerance(ours, theirs))
 
     def _given_by_a_kernel(self, value: Array, index: int) -> bool:
         """Whether the features that flow into call `index` are a linear layer's own, activated and normalised at most:
@@ -137,10 +148,18 @@ class Comparison:
             return Agreement(math.inf, SAME)
         worst = Agreement(0.0, SAME)
         for source, target in zip(ours, theirs, strict=True):
-            agreement = agree(source, target, partial(self._orders, source, index))
+            agreement = self._agreement(source, target, index)
             if agreement.error >= worst.error:
                 worst = agreement
         return worst
+
+    def _agreement(self, ours: Array, theirs: Array, index: int) -> Agreement:
+        """How well a value that flows into call `index` of the source agrees with one of the target."""
+        found = agree(ours, theirs, partial(self._orders, ours, index))
+        if found.error <= tolerance(ours, theirs):
+            return found
+        other = closest(ours, theirs, self._joined(ours, theirs, index))
+        return other if other.error < found.error else found
 
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
         """What call `index` of the source gave as the target would have it, and how far the target's output is from it.
@@ -159,7 +178,7 @@ class Comparison:
             if not isinstance(target, np.ndarray):  # a number beside the tensors flows on as it is
                 converted.append(target)
                 continue
-            value, error = _closest(source, target, first, second, axis, partial(self._orders, source, index + 1))
+            value, error = _closest(source, target, first, second, axis, partial(self._agreement, index=index + 1))
             worst = max(worst, error)
             usable = value is not None and value.shape == target.shape
             converted.append(value.astype(target.dtype) if usable else target)
@@ -205,13 +224,14 @@ def _closest(
     first: str | None,
     second: str | None,
     axis: int,
-    orders: Callable[[], list[Arrangement]],
+    agreement_of: Callable[[Array, Array], Agreement],
 ) -> tuple[Any, float]:
     """The source's output in its closest arrangement (None where the activation is in the way), and the error.
 
     Args:
         first, second: the activations that are applied in the source's and in the target's output.
         axis: where the source has the features, along which a softmax runs; the target has them last.
+        agreement_of: how well two values agree.
     """
     value, seen = source, target
     try:
@@ -222,7 +242,7 @@ def _closest(
     except (KeyError, ValueError):
         # an activation that no one has a definition of: what follows will tell
         return None, 0.0
-    agreement = agree(value, seen, orders)
+    agreement = agreement_of(value, seen)
     usable = first is None or first == second
     fits = source.ndim == target.ndim and source.size == target.size
     return agreement.arrangement.apply(value) if usable and fits else None, agreement.error

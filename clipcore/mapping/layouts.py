@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from einops import EinopsError, rearrange
+from einops import EinopsError
 
 from clipcore.backend import Layer, Tensor
 from clipcore.errors import MappingError
-from clipcore.mapping.align import SAME, Arrangement
+from clipcore.mapping.align import SAME, Arrangement, carried
 from clipcore.mapping.kinds import KINDS
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -83,20 +83,18 @@ def _used(pattern: str, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def apply_pattern(array: Array, pattern: str, sizes: Mapping[str, int], place: str) -> Array:
-    """The array rearranged by an einops pattern, as a view where that is possible.
+    """The array rearranged by an einops pattern (see `align.carried`), as a view where that is possible.
 
     Raises:
         MappingError: naming `place`, where the array's shape does not fit the pattern.
     """
     try:
-        # einops warns of axes that are named like a keyword of Python
-        result: Array = rearrange(array, re.sub(r"\bin\b", "input", pattern), **_used(pattern, sizes))
-    except EinopsError as err:
+        return carried(array, pattern, _used(pattern, sizes))
+    except (EinopsError, KeyError) as err:
         raise MappingError(
             f"{place}: a tensor of shape {array.shape} does not fit {pattern!r} with {dict(sizes)}; "
             f"the layout that its backend declares must match the stored shape"
         ) from err
-    return result
 
 
 def stored(tensor: Tensor, layer: Layer, canonical: Array) -> Array:

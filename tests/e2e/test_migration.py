@@ -1111,3 +1111,53 @@ def test_each_call_of_a_shared_layer_behind_a_difference_has_its_own_input():
     assert [(difference.layer, difference.setting) for difference in plan.differences] == [("l", "input")]
     assert {row.target_layer: row.evidence for row in plan.rows} == {"c": "proven", "l": "structure", "o": "proven"}
     assert all(row.source_layer == row.target_layer for row in plan.rows)
+
+
+class Joined(nn.Module):
+    """Two flattened feature maps, a table's columns and a hidden layer's, one behind the other."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3, stride=2), nn.Linear(2, 3)
+        self.norm = nn.BatchNorm1d(93, eps=1e-3) if norm else nn.Identity()
+        self.d = nn.Linear(93, 5)
+
+    def forward(self, image, table):
+        image = [self.a(image).relu().flatten(1), table, self.b(image).tanh().flatten(1), self.c(table)]
+        return self.d(self.norm(torch.cat(image, 1)))
+
+
+def joined_in_keras(norm):
+    inputs = [keras.Input((6, 6, 3)), keras.Input((2,))]
+    a = L.Flatten()(L.Conv2D(4, 3, activation="relu")(inputs[0]))
+    b = L.Flatten()(L.Conv2D(6, 3, strides=2, activation="tanh")(inputs[0]))
+    x = L.Concatenate()([a, inputs[1], b, L.Dense(3, name="c")(inputs[1])])
+    return keras.Model(inputs, L.Dense(5, name="d")(L.BatchNormalization(epsilon=1e-3)(x) if norm else x))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("to_keras", [True, False])
+def test_features_put_together_from_flattened_and_plain_ones_keep_their_own_orders(norm, to_keras, tmp_path):
+    image, table = IMAGE, np.random.default_rng(1).standard_normal((2, 2)).astype(np.float32)
+    source, target = randomised(Joined(norm), 1), randomised(joined_in_keras(norm), 2)
+    if not to_keras:
+        source, target, image = target, source, np.moveaxis(image, 1, -1)
+    plan = cc.plan(source, target, sample=(image, table))
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    plan.save(tmp_path / "plan.json")
+    plan = cc.Plan.load(tmp_path / "plan.json")
+    result = cc.migrate(source, target, plan=plan, limit=cc.Delta(cc.ClipByNorm(1e9)))
+    other = np.random.default_rng(2).standard_normal(image.shape).astype(np.float32)
+    assert cc.verify(source, target, sample=(image, table), plan=result.plan).ok
+    assert cc.verify(source, target, sample=(other, -table)).ok
+
+
+def test_features_put_together_behind_a_difference_are_an_error_and_no_guess():
+    inputs = [keras.Input((6, 6, 3)), keras.Input((2,))]
+    a = L.Flatten()(L.Conv2D(4, 3, activation="relu")(inputs[0]))
+    b = L.Flatten()(L.Conv2D(6, 3, strides=2)(inputs[0]))
+    x = L.Concatenate()([a, inputs[1], b, L.Dense(3)(inputs[1])])
+    target = randomised(keras.Model(inputs, L.Dense(5, name="d")(x)), 2)
+    sample = IMAGE, np.random.default_rng(1).standard_normal((2, 2)).astype(np.float32)
+    with pytest.raises(cc.MappingError, match=r"93 features .*'d'.*cannot be seen"):
+        cc.plan(randomised(Joined(False), 1), target, sample=sample)

@@ -2,10 +2,23 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from einops import EinopsError
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clipcore.mapping.align import SAME, agree, flattened, likely, other_order_fits, relative_error, resembling
+from clipcore.errors import MappingError
+from clipcore.mapping.align import (
+    SAME,
+    agree,
+    carried,
+    flattened,
+    joined,
+    likely,
+    other_order_fits,
+    relative_error,
+    resembling,
+)
+from clipcore.mapping.layouts import apply_pattern
 
 RNG = np.random.default_rng(0)
 
@@ -94,3 +107,42 @@ def test_values_that_another_function_has_changed_are_alike_in_their_own_order(c
     assert dict(resembling(source, target, candidates).sizes) == {"channel": channels}
     assert resembling(source, function(source), candidates) == SAME
     assert resembling(source, np.random.default_rng(1).standard_normal((16, 24)), candidates) is None
+
+
+segments = st.lists(st.tuples(st.sampled_from([1, 3, 4, 6]), st.integers(1, 5)), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(segments, st.booleans())
+def test_flattened_feature_maps_one_behind_the_other_are_each_found_in_their_own_order(parts, first):
+    features = sum(c * places for c, places in parts)
+    assume(features >= 4)  # fewer have no other order
+    source = np.random.default_rng(0).standard_normal((2, features))
+    ends = np.cumsum([c * places for c, places in parts])[:-1]
+    target = np.concatenate(
+        [
+            part.reshape((2, c, places) if first else (2, places, c)).swapaxes(1, 2).reshape(2, -1)
+            for part, (c, places) in zip(np.split(source, ends, axis=1), parts, strict=True)
+        ],
+        axis=1,
+    )
+    (found,) = joined(source, target, [3, 4, 6], first, 1e-6)
+    np.testing.assert_array_equal(found.apply(source), target)
+    back = carried(target, f"{found.target} -> {found.source}", dict(found.sizes))
+    np.testing.assert_array_equal(back, source)
+
+
+def test_values_that_do_not_tell_where_a_feature_map_begins_give_two_orders():
+    source = np.zeros((1, 20))
+    source[0, 0] = 1
+    assert len(joined(source, source, [4], True, 1e-6)) == 2
+    assert joined(source, source[:, ::-1], [4], True, 1e-6) == []
+
+
+def test_segments_that_do_not_make_up_the_axis_are_refused():
+    with pytest.raises(EinopsError, match="do not make up"):
+        carried(np.arange(7), "(a b + c) -> (b a + c)", {"a": 2, "b": 2, "c": 2})
+    with pytest.raises(MappingError, match="does not fit"):
+        apply_pattern(np.arange(7), "(a b + c) -> (b a + c)", {"a": 2, "b": 2, "c": 2}, "kernel")
+    with pytest.raises(MappingError, match="does not fit"):
+        apply_pattern(np.arange(6), "(a b + c) -> (b a + c)", {"a": 2, "b": 2}, "kernel")

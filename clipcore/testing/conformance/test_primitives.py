@@ -16,7 +16,7 @@ import clipcore as cc
 from clipcore.backend import Backend
 from clipcore.testing import checks
 from clipcore.testing.conformance.test_nonfinite import QUIET, faults, faulty
-from clipcore.testing.strategies import DTYPES, Case, arrays, lists_of, norm_cases, value_cases
+from clipcore.testing.strategies import DTYPES, REAL_DTYPES, Case, arrays, lists_of, norm_cases, value_cases
 from clipcore.testing.tensors import as_arrays, as_tensors
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -54,6 +54,13 @@ def test_primitives_clip_mixed_dtypes_within_one_ulp(backend: Backend, case: Cas
 @given(case=value_cases())
 def test_primitives_clip_values_within_one_ulp(backend: Backend, case: Case) -> None:
     check(backend, case)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_primitives_take_the_largest_bounds_that_there_are(backend: Backend, dtype: str) -> None:
+    inputs = [np.array([1.0, -2.0], dtype)]
+    for bound in (1.797e308, float(np.finfo(np.float64).max)):
+        check(backend, Case(inputs, inputs, cc.ClipByValue(-1.0, bound)))
 
 
 @pytest.mark.parametrize("mode", QUIET)

@@ -254,10 +254,12 @@ def _scaled(x: Tensor, scale: _Scale) -> Tensor:
 
 def _bound_in(value: float, x: Tensor) -> float:
     """A clamp's bound rounded to a tensor's dtype; a finite bound beyond its range is its largest number."""
+    largest = torch.finfo(x.dtype).max
     if abs(value) == math.inf or value == 0:
         return value
+    if abs(value) >= largest:
+        return math.copysign(largest, value)
     digits, lowest = _DIGITS[x.dtype]
     unit = max(math.frexp(value)[1] - digits, lowest)
     rounded = math.ldexp(round(math.ldexp(value, -unit)), unit)
-    largest = torch.finfo(x.dtype).max
     return max(-largest, min(rounded, largest))

@@ -127,28 +127,33 @@ class _Buffers:
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
         self._copies = [buffer.detach().clone() for _, _, buffer in self._places]
-        self._versions = self._current()
 
-    def _current(self) -> list[int]:
+    def _versions(self) -> list[int]:
         return [0 if buffer.is_inference() else buffer._version for _, _, buffer in self._places]
 
     @contextlib.contextmanager
     def writes_stay(self) -> Iterator[None]:
-        before = self._current()
+        before = self._versions()
         yield
-        for index, (old, new) in enumerate(zip(before, self._current(), strict=True)):
+        for index, (old, new) in enumerate(zip(before, self._versions(), strict=True)):
             if old != new:
                 self._copies[index].copy_(self._places[index][2])
-                self._versions[index] += new - old
 
     def restore(self) -> None:
-        for (module, name, buffer), copied, old, new in zip(
-            self._places, self._copies, self._versions, self._current(), strict=True
-        ):
+        for (module, name, buffer), copied in zip(self._places, self._copies, strict=True):
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
-            if old != new or buffer.is_inference():
-                buffer.copy_(copied)
+            # the values tell, not the version: torch's batch_norm writes running statistics without counting it
+            if not _same_bits(buffer, copied):
+                # past the version counter, so that no graph of the user's, nor a run around this one, sees a write
+                buffer.data.copy_(copied)
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.layout is not torch.strided:  # a sparse tensor has no memory of its own to compare
+        return False
+    plain = (tensor.resolve_conj().resolve_neg().contiguous().reshape(-1) for tensor in (first, second))
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in plain))
 
 
 @contextlib.contextmanager

@@ -99,6 +99,55 @@ def test_counters_and_seeds_are_put_back(backend: Any) -> None:
     assert first.tobytes() == backend.run(model, SAMPLE).tobytes()
 
 
+class TrainsItsNorm(keras.Model):
+    """Updates its moving statistics in inference too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = L.BatchNormalization(name="n")
+
+    def call(self, x: Any) -> Any:
+        return self.n(x, training=True)
+
+
+class HoldsTrainsItsNorm(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = L.BatchNormalization(name="n")
+        self.n.build((None, 3))
+
+    def __call__(self, x: Any) -> Any:
+        return self.n(x, training=True)
+
+
+@pytest.mark.parametrize("kind", [TrainsItsNorm, HoldsTrainsItsNorm])
+def test_statistics_that_a_model_writes_in_inference_are_put_back_also_after_a_write(
+    backend: Any, randomised: Any, kind: Any
+) -> None:
+    model = kind()
+    model(SAMPLE)
+    randomised(model.n)
+    backend.run(model, SAMPLE)
+    backend.write(model, {"n/moving_mean": np.full(3, 7, np.float32)})  # before the run, not during it
+    before = [v.numpy().tobytes() for v in model.n.weights]
+    backend.run(model, SAMPLE)
+    backend.run(model, SAMPLE, Watch())
+    assert [v.numpy().tobytes() for v in model.n.weights] == before
+
+
+def test_a_statistic_that_a_watcher_wrote_stays_as_it_was_written_though_the_run_moves_it_on(
+    backend: Any, randomised: Any
+) -> None:
+    model = TrainsItsNorm()
+    model(SAMPLE)
+    mean = {"n/moving_mean": np.full(3, 7, np.float32)}
+    randomised(model)
+    variance = model.n.moving_variance.numpy()
+    backend.run(model, SAMPLE, Watch(before=lambda *_: backend.write(model, mean)))
+    np.testing.assert_array_equal(model.n.moving_mean.numpy(), mean["n/moving_mean"])
+    np.testing.assert_array_equal(model.n.moving_variance.numpy(), variance)
+
+
 def test_weights_written_before_a_layer_take_effect_and_stay(backend: Any, model: Any) -> None:
     zeros = {"a/kernel": np.zeros((3, 4), np.float32), "n/moving_mean": np.full(4, 7, np.float32)}
     write = lambda layer, _: backend.write(model, zeros) if layer == "a" else None  # noqa: E731

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,15 +19,13 @@ _FILES = (".weights.h5", ".keras")
 
 
 class Running:
-    """The tables of models that run just now, so that a watcher's reads and writes do not walk the model each time.
-
-    Attributes:
-        written: ids of the variables that were written meanwhile.
+    """The models that run just now: their tables, so that a watcher's reads and writes do not walk the model each
+    time, and their variables as they shall be after each run.
     """
 
     def __init__(self) -> None:
         self._tables: dict[int, dict[str, tf.Variable]] = {}
-        self.written: set[int] = set()
+        self._states: list[dict[int, tuple[tf.Variable, tf.Tensor]]] = []
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
@@ -39,8 +37,26 @@ class Running:
         finally:
             if outermost:
                 del self._tables[id(model)]
-            if not self._tables:
-                self.written.clear()
+
+    @contextmanager
+    def put_back(self, variables: Iterable[tf.Variable]) -> Iterator[None]:
+        """On leaving, the variables are what they were, or what was written through the backend meanwhile."""
+        # a value that was read shares the variable's memory until the variable changes, so that this copies nothing
+        state = {id(variable): (variable, variable.value()) for variable in variables}
+        self._states.append(state)
+        try:
+            yield
+        finally:
+            self._states.pop()
+            for variable, value in state.values():
+                variable.assign(value)
+
+    def written(self, variables: Iterable[tf.Variable]) -> None:
+        """Take note of what was written through the backend, for the runs in progress."""
+        for variable in variables:
+            for state in self._states:
+                if id(variable) in state:
+                    state[id(variable)] = variable, variable.value()
 
     def table(self, model: Any) -> dict[str, tf.Variable]:
         return self._tables[id(model)] if id(model) in self._tables else _table(model)

@@ -31,7 +31,7 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
     failures: list[BaseException] = []
     with ExitStack() as stack:
         stack.enter_context(running.remember(model))
-        stack.enter_context(_as_before(model, running))
+        stack.enter_context(running.put_back(_state(model, listed)))
         stack.enter_context(_eagerly())
         if watcher is not None:
             for item in listed:
@@ -208,17 +208,12 @@ def _eagerly() -> Iterator[None]:
         tf.config.run_functions_eagerly(before)
 
 
-@contextmanager
-def _as_before(model: Any, running: Running) -> Iterator[None]:
-    """Seeds, counters and metrics put back; what the watcher wrote through the backend stays."""
-    # a value that was read shares the variable's memory until the variable changes, so that this copies nothing
-    state = [(v, v.value()) for v in map(tf_variable, model.variables) if not v.trainable]
-    try:
-        yield
-    finally:
-        for variable, value in state:
-            if id(variable) not in running.written:
-                variable.assign(value)
+def _state(model: Any, listed: list[Listed]) -> list[tf.Variable]:
+    """Statistics, seeds, counters and metrics: what a run may change."""
+    # a tf.Module does not list the variables of the Keras layers in it
+    variables = [*model.variables, *(variable for item in listed for variable in item.owner.variables)]
+    unique = {id(variable): variable for variable in map(tf_variable, variables)}
+    return [variable for variable in unique.values() if not variable.trainable]
 
 
 def _name(model: Any) -> str:

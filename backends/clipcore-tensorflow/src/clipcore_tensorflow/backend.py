@@ -84,8 +84,7 @@ class TensorFlowBackend:
 
     def write(self, model: Any, values: Mapping[str, Array]) -> None:
         _models.check_model(model)
-        written = _models.write(self._running.table(model), values)
-        self._running.written.update(map(id, written))
+        self._running.written(_models.write(self._running.table(model), values))
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
         return _building.build_layer(kind, settings, shapes)

@@ -98,8 +98,8 @@ class Plan:
         rows: one per tensor of the target, in the target's order.
         unused: tensors of the source that nothing takes.
         differences: settings in which matched layers differ.
-        limited: of a plan that `migrate` returned, the source's tensors as the limit left them, by name; `verify`
-            compares against these. It is not saved.
+        limited: of a plan that `migrate` returned, the target's tensors that the limit changed, by name, as they were
+            written; `verify` compares against these. It is not saved.
     """
 
     source: str

@@ -10,6 +10,7 @@ import numpy as np
 
 from clipcore.backend import Tensor
 from clipcore.clipping.api import clip
+from clipcore.clipping.kernels import round_once
 from clipcore.clipping.policies import ClipByNorm, Policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput, InvalidPolicy, MappingError, MigrationError
@@ -29,7 +30,8 @@ class MigratedTensor:
 
     Attributes:
         target, source: its name, and its origin's ("" where it was filled).
-        norm: L2 norm of what was limited: of the source's tensor, or of source minus target; NaN without a limit.
+        norm: L2 norm of what was limited: of what moves into the tensor, or of that minus what it held; NaN without a
+            limit, and for running statistics.
         scale: the factor that the limit applied to it; 1 where it did not.
         clipped: whether the limit changed it.
     """
@@ -48,7 +50,7 @@ class MigrationResult:
     Attributes:
         plan: the plan that was applied, with the limited tensors in it, so that `verify(..., plan=result.plan)`
             compares against the source as limited.
-        report: what the limit reported over all trainable tensors; None without a limit.
+        report: what the limit reported over all trainable tensors of the target; None without a limit.
         tensors: one entry per tensor of the target.
     """
 
@@ -86,12 +88,13 @@ def migrate(
         source, target: models of any installed backends.
         plan: where each tensor comes from; left out, it is found on `sample`.
         sample, target_sample: see `plan`.
-        limit: bounds the trainable tensors that move: a policy acts on the source's weights, `Delta(policy)` on their
-            difference to the target's. Running statistics are never limited.
+        limit: bounds what moves into the target's trainable tensors, frozen or not, tensor by tensor of the target: a
+            policy acts on the values in the target's dtype, `Delta(policy)` on their difference to what the target
+            holds. What fills a tensor that the source lacks moves too. Running statistics are never limited.
     Returns:
         A MigrationResult.
     Raises:
-        InvalidInput: neither plan nor sample; or a source tensor holds NaN or inf.
+        InvalidInput: neither plan nor sample; or a source tensor, or with Delta one of the target's, holds NaN or inf.
         MappingError: the plan does not fit the models, or none is found.
         MigrationError: a tensor's shape or dtype does not fit, or a write failed. The target is as it was before.
     """
@@ -101,11 +104,13 @@ def migrate(
         plan = find_plan(source, target, sample, target_sample=target_sample)
     ours, theirs = Side(source, "source"), Side(target, "target")
     check_fits(plan, ours, theirs)
-    weights = _finite_weights(plan, ours)
-    current = theirs.backend.read(theirs.model, [row.target for row in plan.rows])
-    limited, report, tensors = _limited(plan, weights, current, theirs.tensors, limit)
-    values = target_values(plan, theirs, {**weights, **limited})
-    _write_all_or_nothing(theirs, values)
+    weights = ours.backend.read(ours.model, list(dict.fromkeys(name for row in plan.rows for name in row.sources)))
+    _check_finite(weights, "the source's", "mend the source first")
+    values = target_values(plan, theirs, weights)
+    current = theirs.backend.read(theirs.model, list(values))
+    limited, report, tensors = _limited(plan, values, current, theirs.tensors, limit)
+    _check_finite(limited, "under the limit the target's", "choose another limit")
+    _write_all_or_nothing(theirs, {**values, **limited})
     return MigrationResult(replace(plan, limited=limited), report, tensors)
 
 
@@ -135,63 +140,64 @@ def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
                     raise MappingError(f"the plan names {name!r}, which the {side.which} does not have; make it anew")
 
 
-def _finite_weights(plan: Plan, ours: Side) -> dict[str, Array]:
-    names = dict.fromkeys(name for row in plan.rows for name in row.sources)
-    weights = ours.backend.read(ours.model, list(names))
-    for name, array in weights.items():
+def _check_finite(arrays: Mapping[str, Array], whose: str, remedy: str) -> None:
+    for name, array in arrays.items():
         if array.dtype.kind not in "biu" and not np.isfinite(array).all():
             faults = int(np.count_nonzero(~np.isfinite(array)))
             raise InvalidInput(
-                f"the source's tensor {name!r} holds {faults} elements that are NaN or inf (of {array.size}); "
-                f"nothing was written: mend the source first"
+                f"{whose} tensor {name!r} holds {faults} elements that are NaN or inf (of {array.size}); "
+                f"nothing was written: {remedy}"
             )
-    return weights
 
 
 def _limited(
     plan: Plan,
-    weights: Mapping[str, Array],
+    values: Mapping[str, Array],
     current: Mapping[str, Array],
     tensors: Mapping[str, Tensor],
     limit: Limit | None,
 ) -> tuple[dict[str, Array], ClipReport | None, tuple[MigratedTensor, ...]]:
-    """The source's tensors that a limit changes, its report, and what became of each tensor of the target."""
-    moving = [row for row in plan.rows if row.sources and tensors[row.target].trainable]
+    """The target's tensors that a limit changes, its report, and what became of each tensor of the target."""
     if limit is None:
-        return {}, None, _entries(plan, {}, {}, None)
+        return {}, None, _entries(plan, {}, {}, {})
     if not isinstance(limit, Policy | Delta):
         raise InvalidPolicy(f"limit is {limit!r}; expected a policy, say ClipByNorm(1.0), or Delta(policy)")
-    # a tensor that moves to several places is limited once
-    rows = list({row.sources: row for row in moving}.values())
+    moving = {row.target: values[row.target] for row in plan.rows if tensors[row.target].trainable}
+    held = {name: current[name] for name in moving}
     if isinstance(limit, Delta):
-        before = [row.carry_back(current[row.target]).astype(np.float64) for row in rows]
-        updates = [weights[row.sources[0]].astype(np.float64) - old for row, old in zip(rows, before, strict=True)]
-        bounded, report = clip(updates, limit.policy)
-        results = [
-            weights[row.sources[0]] if new is update else (old + new).astype(weights[row.sources[0]].dtype)
-            for row, old, update, new in zip(rows, before, updates, bounded, strict=True)
-        ]
-    else:
-        updates = [weights[row.sources[0]] for row in rows]
-        results, report = clip(updates, limit)
-    names = [row.sources[0] for row in rows]
-    limited = {name: result for name, result in zip(names, results, strict=True) if result is not weights[name]}
-    _, each = clip(updates, ClipByNorm(np.inf))
-    norms = dict(zip(names, each.norms, strict=True))
-    scales = report.scales if len(report.scales) == len(names) else [report.scale] * len(names)
-    return limited, report, _entries(plan, norms, dict(zip(names, scales, strict=True)), limited)
+        _check_finite(held, "the target's", "Delta measures from it, so mend it first, or migrate without Delta")
+        with np.errstate(over="ignore"):  # a difference beyond float64 is the policy's to judge
+            moving = {name: _wide(value) - _wide(held[name]) for name, value in moving.items()}
+    policy = limit.policy if isinstance(limit, Delta) else limit
+    bounded, report = clip(moving, policy, backend="numpy")
+    limited = {name: result for name, result in bounded.items() if result is not moving[name]}
+    if isinstance(limit, Delta):
+        limited = {name: _moved(held[name], step) for name, step in limited.items()}
+    _, each = clip(moving, ClipByNorm(np.inf), backend="numpy")
+    scales = report.scales if len(report.scales) == len(moving) else [report.scale] * len(moving)
+    norms = dict(zip(moving, each.norms, strict=True))
+    return limited, report, _entries(plan, norms, dict(zip(moving, scales, strict=True)), limited)
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _moved(held: Array, step: Array) -> Array:
+    """What a tensor becomes by a step in float64, rounded once to its own dtype."""
+    return round_once(np.asarray(_wide(held) + step), held.dtype)
 
 
 def _entries(
-    plan: Plan, norms: Mapping[str, float], scales: Mapping[str, float], limited: Mapping[str, Array] | None
+    plan: Plan, norms: Mapping[str, float], scales: Mapping[str, float], limited: Mapping[str, Array]
 ) -> tuple[MigratedTensor, ...]:
     return tuple(
         MigratedTensor(
             row.target,
-            origin := row.sources[0] if row.sources else "",
-            float(norms.get(origin, np.nan)),
-            float(scales.get(origin, 1.0)),
-            origin in (limited or {}),
+            row.sources[0] if row.sources else "",
+            float(norms.get(row.target, np.nan)),
+            float(scales.get(row.target, 1.0)),
+            row.target in limited,
         )
         for row in plan.rows
     )

@@ -53,14 +53,19 @@ class Divergence:
 
 
 def compare_layers(
-    ours: Side, theirs: Side, plan: Plan, source_calls: Sequence[Call], target_calls: Sequence[Call]
+    ours: Side,
+    theirs: Side,
+    plan: Plan,
+    stale: Mapping[str, Row],
+    source_calls: Sequence[Call],
+    target_calls: Sequence[Call],
 ) -> tuple[list[LayerAgreement], Divergence | None, list[Difference]]:
-    """The agreement of matched layers, the first that parts (by its tensors, or by its output), and the settings in
-    which they differ on this sample: a padding may depend on its size.
+    """The agreement of matched layers, the first that parts (by its tensors, see `stale_rows`, or by its output), and
+    the settings in which they differ on this sample: a padding may depend on its size.
     """
     comparison = Comparison(ours, theirs, source_calls)
     origin = {target: source for source, target in plan.layer_pairs}
-    stale = _stale_rows(ours, theirs, plan)
+    stale = dict(stale)
     places: dict[str, list[int]] = {}
     for index, call in enumerate(source_calls):
         places.setdefault(call.layer, []).append(index)
@@ -90,11 +95,11 @@ def compare_layers(
     return layers, divergence, differences
 
 
-def _stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:
+def stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:
     """For each layer of the target with a tensor that is not what the plan carries, the first such row."""
     weights = ours.backend.read(ours.model, [name for row in plan.rows for name in row.sources])
     held = theirs.backend.read(theirs.model, [row.target for row in plan.rows])
-    expected: Mapping[str, Array] = values_for(plan.rows, theirs.tensors, weights)
+    expected: Mapping[str, Array] = {**values_for(plan.rows, theirs.tensors, weights), **plan.limited}
     stale: dict[str, Row] = {}
     for row in plan.rows:
         if not np.array_equal(expected[row.target], held[row.target]):

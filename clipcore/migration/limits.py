@@ -12,10 +12,10 @@ class Delta:
     """A limit on the difference: source minus target is taken as an update of the target, and bounded by a policy.
 
     A tensor whose difference is in range becomes the source's, bit for bit; else it is target + bounded difference,
-    computed in float64 and rounded once.
+    computed in float64 and rounded once to the target's dtype.
 
     Args:
-        policy: bounds the differences of all trainable tensors, in the unit of the weights.
+        policy: bounds the differences of all the target's trainable tensors, in the unit of the weights.
     Raises:
         InvalidPolicy: `policy` is none.
 

@@ -28,7 +28,8 @@ from clipcore.mapping.models import (
 )
 from clipcore.mapping.plan import Difference, Plan
 from clipcore.migration.apply import check_fits
-from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers
+from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers, stale_rows
+from clipcore.migration.limited import as_limited
 from clipcore.structure import leaves, map_leaves, plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -85,7 +86,8 @@ def verify(
         source, target: models of any installed backends.
         sample, target_sample: as for `plan`. Spatial sizes one smaller are tried too, where both models take them.
         plan: the plan by which the target got its weights; left out, one is sought. A plan from a limited migration
-            (`result.plan`) compares against the source as limited.
+            (`result.plan`) compares against the source as limited; where the source cannot hold what the limit left
+            (it ties two tensors, or lacks one), that tensor is checked by itself, and both run without the limit on it.
     Returns:
         A Verification.
     Raises:
@@ -98,12 +100,16 @@ def verify(
     if plan is not None:
         check_fits(plan, ours, theirs)
     known, why_none = (plan, "") if plan is not None else _sought(source, target, sample, given)
-    with written(ours, known.limited if known else {}):
+    # before anything is written for the comparison: what the plan claims of the target as it stands
+    stale = stale_rows(ours, theirs, known) if known else {}
+    for_source, for_target = as_limited(known, ours, theirs) if known else ({}, {})
+    with written(ours, for_source), written(theirs, for_target):
         runs = list(_runs(ours, theirs, sample, given))
         floor = max(_noise_floor(ours, run.sample, run.outputs[0]) for run in runs)
         worst_run = max(runs, key=lambda run: run.error)
         worst = worst_run.error
-        layers, divergence, seen = compare_layers(ours, theirs, known, *worst_run.calls) if known else ([], None, [])
+        found = compare_layers(ours, theirs, known, stale, *worst_run.calls) if known else ([], None, [])
+        layers, divergence, seen = found
         if plan:
             worst = max(worst, _hidden_error(ours, theirs, plan, runs[0]))
     allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)

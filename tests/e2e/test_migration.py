@@ -387,6 +387,122 @@ def test_a_limit_on_the_difference_keeps_the_target_near_what_it_was(policy):
     assert cc.verify(source, target, sample=SAMPLE, plan=result.plan).ok
 
 
+class Reader(nn.Module):
+    """Embedding, norm and head; the head may be tied to the embedding, and biases may be missing."""
+
+    def __init__(self, tied, bias):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4, bias=bias)
+        self.head = nn.Linear(4, 9, bias=bias)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.norm(self.table(tokens))))
+
+
+TOKENS = np.arange(9)[None]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+UNITS = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+@st.composite
+def readers(draw):
+    """A source and a target that can take its weights: as wide, with no tie of its own, and with all that it has."""
+    narrow, wide = sorted(draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES))), key=DTYPES.index)
+    if (narrow, wide) == (torch.bfloat16, torch.float16):
+        narrow = wide
+    bias = draw(st.booleans())
+    source = randomised(Reader(draw(st.booleans()), bias).to(narrow), 1)
+    return source, randomised(Reader(False, bias or draw(st.booleans())).to(wide), 2), UNITS[wide]
+
+
+def contents_by_name(model):
+    return {name: tensor.detach().double().clone().numpy() for name, tensor in model.state_dict().items()}
+
+
+@given(readers(), st.sampled_from([cc.ClipByValue, cc.ClipByNorm, cc.ClipByGlobalNorm]), st.sampled_from([0, 0.01, 1]))
+def test_a_limit_on_the_difference_bounds_what_moves_in_every_tensor_of_the_target(models, policy, bound):
+    source, target, unit = models
+    kept, before = contents_by_name(source), contents_by_name(target)
+    result = cc.migrate(source, target, sample=TOKENS, limit=cc.Delta(policy(bound)))
+    after = contents_by_name(target)
+    moved = {name: after[name] - before[name] for name in after}
+    rounding = unit * max(np.abs(value).max() for value in after.values())
+    if policy is cc.ClipByValue:
+        assert max(np.abs(step).max() for step in moved.values()) <= bound + 2 * rounding
+    else:
+        norms = [np.linalg.norm(step) for step in moved.values()]
+        largest = np.linalg.norm(norms) if policy is cc.ClipByGlobalNorm else max(norms)
+        elements = sum(step.size for step in moved.values())
+        assert largest <= bound * (1 + 1e-12) + rounding * np.sqrt(elements)
+    if bound == 0:
+        assert not any(step.any() for step in moved.values())
+    assert all(np.array_equal(value, kept[name]) for name, value in contents_by_name(source).items())
+    assert cc.verify(source, target, sample=TOKENS, plan=result.plan).ok
+
+
+def test_a_tied_tensor_and_a_filled_one_are_limited_where_they_arrive_and_each_is_checked_by_verify():
+    source, target = randomised(Reader(True, False), 1), randomised(Reader(False, True), 2)
+    before = contents_by_name(target)
+    result = cc.migrate(source, target, sample=TOKENS, limit=cc.Delta(cc.ClipByNorm(0.01)))
+    for tensor in result.tensors:
+        moved = np.linalg.norm(contents_by_name(target)[tensor.target] - before[tensor.target])
+        assert moved == pytest.approx(0.01, rel=1e-4)
+        assert moved == pytest.approx(tensor.norm * tensor.scale, rel=1e-4)
+    assert {tensor.source for tensor in result.tensors} == {"table.weight", "norm.weight", ""}
+    assert cc.verify(source, target, sample=TOKENS, plan=result.plan).ok
+    for name in ("table.weight", "head.weight", "head.bias", "norm.bias"):
+        with torch.no_grad():
+            target.get_parameter(name).view(-1)[0] += 1
+        check = cc.verify(source, target, sample=TOKENS, plan=result.plan)
+        assert not check.ok
+        assert f"'{name}' is not what the plan carries" in check.reason
+        with torch.no_grad():
+            target.get_parameter(name).copy_(torch.from_numpy(result.plan.limited[name]))
+    assert cc.verify(source, target, sample=TOKENS, plan=result.plan).ok
+
+
+def test_a_limit_on_the_weights_bounds_a_filled_tensor_as_well():
+    inputs = keras.Input((6,))
+    source = randomised(keras.Model(inputs, L.LayerNormalization(scale=False, epsilon=1e-5)(inputs)), 1)
+    target, sample = randomised(nn.LayerNorm(6), 2), np.random.default_rng(0).standard_normal((3, 6))
+    result = cc.migrate(source, target, sample=sample, limit=cc.ClipByNorm(0.5))
+    np.testing.assert_allclose(target.weight.detach().numpy(), np.full(6, 0.5 / np.sqrt(6)), rtol=1e-6)
+    assert cc.verify(source, target, sample=sample, plan=result.plan).ok
+
+
+def test_a_wide_source_whose_values_a_narrow_target_holds_exactly_moves_under_a_limit_too():
+    source, target = randomised(Reader(False, True), 1).double(), randomised(Reader(False, True), 2)
+    for limit in (cc.ClipByNorm(0.5), cc.Delta(cc.ClipByNorm(0.5))):
+        result = cc.migrate(source, target, sample=TOKENS, limit=limit)
+        assert any(tensor.clipped for tensor in result.tensors)
+        assert cc.verify(source, target, sample=TOKENS, plan=result.plan).ok
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise", "zero", "skip"])
+def test_a_difference_to_a_target_that_holds_nan_is_refused_before_anything_is_written(nonfinite):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    kernel = target.get_layer("head").kernel.numpy().copy()
+    kernel[0] = [np.nan, np.inf]
+    target.get_layer("head").kernel.assign(kernel)
+    plan, before = cc.plan(source, target, sample=SAMPLE), contents(target)
+    with pytest.raises(cc.InvalidInput, match=r"the target's tensor 'head/kernel' holds 2 elements .* without Delta"):
+        cc.migrate(source, target, plan=plan, limit=cc.Delta(cc.ClipByGlobalNorm(1.0, nonfinite=nonfinite)))
+    assert_bitwise_equal(before, contents(target))
+    cc.migrate(source, target, plan=plan, limit=cc.ClipByGlobalNorm(1.0, nonfinite=nonfinite))
+
+
+def test_a_difference_that_leaves_the_range_of_float64_is_refused_before_anything_is_written():
+    source, target = (randomised(Reader(False, True), seed).double() for seed in (1, 2))
+    with torch.no_grad():
+        source.head.bias[0], target.head.bias[0] = 1.7e308, -1.7e308
+    plan, before = cc.plan(source, target, sample=TOKENS), contents(target)
+    with pytest.raises(cc.InvalidInput, match=r"under the limit the target's tensor .* nothing was written"):
+        cc.migrate(source, target, plan=plan, limit=cc.Delta(cc.ClipByNorm(1.0)))
+    assert_bitwise_equal(before, contents(target))
+
+
 def test_a_difference_in_range_moves_the_source_bit_for_bit():
     source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
     result = cc.migrate(source, target, sample=SAMPLE, limit=cc.Delta(cc.ClipByNorm(1e6)))

@@ -102,7 +102,7 @@ class Tensor:
         layout: the order of its named axes, as einops writes it: "(group out) in ...", "... in (group out)".
         shape: as stored.
         dtype: NumPy's name of it.
-        trainable: False for running statistics and other buffers.
+        trainable: by its role, frozen now or not: False for running statistics and other buffers.
     """
 
     name: str

@@ -373,6 +373,21 @@ def test_a_limit_bounds_the_weights_that_move_never_the_statistics_and_verify_kn
     assert not cc.verify(source, target, sample=SAMPLE, plan=plain).ok
 
 
+@pytest.mark.parametrize("limit", [cc.ClipByNorm(0.7), cc.Delta(cc.ClipByGlobalNorm(0.5))], ids=["weights", "delta"])
+@pytest.mark.parametrize("build", [small_torch, small_keras])
+def test_a_limit_acts_on_frozen_tensors_of_the_target_as_on_others(build, limit):
+    source, free, frozen = randomised(small_torch(), 1), randomised(build(), 2), randomised(build(), 2)
+    if isinstance(frozen, keras.Model):
+        frozen.trainable = False
+    else:
+        frozen.requires_grad_(False)
+    first, second = (cc.migrate(source, target, sample=SAMPLE, limit=limit) for target in (free, frozen))
+    assert [tensor.clipped for tensor in first.tensors] == [tensor.clipped for tensor in second.tensors]
+    assert any(tensor.clipped for tensor in first.tensors)
+    assert_bitwise_equal(contents(free), contents(frozen))
+    assert cc.verify(source, frozen, sample=SAMPLE, plan=second.plan).ok
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_a_limit_on_the_difference_keeps_the_target_near_what_it_was(policy):
     source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)

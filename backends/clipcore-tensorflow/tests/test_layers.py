@@ -179,6 +179,14 @@ def test_activations_are_named(backend: Any, activation: Any, name: str | None) 
     assert only(backend, built(L.Dense(1, activation=activation), 2)).settings == {"activation": name}
 
 
+def test_a_frozen_layer_s_weights_are_trainable_by_their_role_and_limit_leaves_them_alone(backend: Any) -> None:
+    model = keras.Sequential([keras.Input((3,)), L.Dense(3), L.BatchNormalization(), L.Dense(2, trainable=False)])
+    model.layers[1].trainable = False
+    tensors = [tensor for layer in backend.layers(model) for tensor in layer.tensors.values()]
+    assert {t.role for t in tensors if not t.trainable} == {"running_mean", "running_var"}
+    assert [variable.path for variable in backend.weights(model)] == [v.path for v in model.layers[0].weights]
+
+
 def test_running_statistics_are_not_trainable(backend: Any) -> None:
     tensors = only(backend, built(L.BatchNormalization(), 3)).tensors
     assert {role for role, tensor in tensors.items() if not tensor.trainable} == {"running_mean", "running_var"}

@@ -178,7 +178,7 @@ def _listed(owner: Any, path: str, own: list[tuple[str, Any]], names: _Names) ->
             layout,
             tuple(plain.shape),
             dtype_name(plain),
-            bool(variable.trainable),
+            bool(plain.trainable),  # by its role: freezing a layer marks the Keras variable alone
         )
     framework = "keras" if isinstance(owner, keras.layers.Layer) else "tensorflow"
     kind = rule.kind if rule else f"{framework}:{type(owner).__name__}"

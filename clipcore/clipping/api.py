@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcore.backend import Backend
 from clipcore.clipping.host import HostPrimitives
-from clipcore.clipping.kernels import MULTIPLY_DTYPE, not_finite
+from clipcore.clipping.kernels import MULTIPLY_DTYPE, extent, not_finite
 from clipcore.clipping.policies import Policy, check_policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import BackendError, InvalidInput, NonFinite
@@ -205,13 +205,13 @@ def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[
     """
     seen: dict[Any, int] = {}
     for index, array in enumerate(arrays):
-        low, high = _extent(array)
+        low, high = extent(array)
         # what fills its memory without gaps is the same elements, in whatever order
         shape = () if high - low == array.nbytes else (array.shape, array.strides)
         seen.setdefault((low, high, *shape) if array.size else ("empty", index), index)
     places = list(seen.values())
     end, last = 0, -1
-    for low, high, index in sorted((*_extent(arrays[i]), i) for i in places if arrays[i].size):
+    for low, high, index in sorted((*extent(arrays[i]), i) for i in places if arrays[i].size):
         if low < end and np.shares_memory(arrays[last], arrays[index]):
             raise InvalidInput(
                 f"grads{paths[last]} and grads{paths[index]} overlap in memory: elements would be scaled twice; "
@@ -220,11 +220,3 @@ def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[
         if high > end:
             end, last = high, index
     return places
-
-
-def _extent(array: np.ndarray) -> tuple[int, int]:
-    """The addresses between which an array's elements lie."""
-    low = high = array.__array_interface__["data"][0]
-    for size, stride in zip(array.shape, array.strides, strict=True):
-        low, high = low + min((size - 1) * stride, 0), high + max((size - 1) * stride, 0)
-    return low, high + array.itemsize

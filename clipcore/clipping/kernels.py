@@ -100,6 +100,14 @@ def count(arrays: Sequence[Array], is_fault: Callable[[Array], Any]) -> int:
     return sum(int(np.count_nonzero(is_fault(array))) for array in arrays)
 
 
+def extent(array: Array) -> tuple[int, int]:
+    """The addresses between which an array's elements lie."""
+    low = high = array.__array_interface__["data"][0]
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        low, high = low + min((size - 1) * stride, 0), high + max((size - 1) * stride, 0)
+    return low, high + array.itemsize
+
+
 def norm_bounds(arrays: Sequence[Array], p: float) -> Interval | None:
     """Bounds of the joint p-norm, from one pass over memory (two for float64 and for p other than 1 and 2).
 

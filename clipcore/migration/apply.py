@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from clipcore.backend import Tensor
 from clipcore.clipping.api import clip
-from clipcore.clipping.kernels import round_once
+from clipcore.clipping.kernels import extent, round_once
 from clipcore.clipping.policies import ClipByNorm, Policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput, InvalidPolicy, MappingError, MigrationError
@@ -96,7 +96,8 @@ def migrate(
     Raises:
         InvalidInput: neither plan nor sample; or a source tensor, or with Delta one of the target's, holds NaN or inf.
         MappingError: the plan does not fit the models, or none is found.
-        MigrationError: a tensor's shape or dtype does not fit, or a write failed. The target is as it was before.
+        MigrationError: a tensor's shape or dtype does not fit, one that would change is the source's as well, or a
+            write failed. The target is as it was before.
     """
     if plan is None:
         if sample is None:
@@ -104,14 +105,22 @@ def migrate(
         plan = find_plan(source, target, sample, target_sample=target_sample)
     ours, theirs = Side(source, "source"), Side(target, "target")
     check_fits(plan, ours, theirs)
+    values, result = _prepared(plan, ours, theirs, limit)
+    _write_all_or_nothing(theirs, values)
+    return result
+
+
+def _prepared(plan: Plan, ours: Side, theirs: Side, limit: Limit | None) -> tuple[dict[str, Array], MigrationResult]:
+    """What is to be written, by the target's names, checked in every way, and what will have happened then."""
     weights = ours.backend.read(ours.model, list(dict.fromkeys(name for row in plan.rows for name in row.sources)))
     _check_finite(weights, "the source's", "mend the source first")
     values = target_values(plan, theirs, weights)
     current = theirs.backend.read(theirs.model, list(values))
     limited, report, tensors = _limited(plan, values, current, theirs.tensors, limit)
     _check_finite(limited, "under the limit the target's", "choose another limit")
-    _write_all_or_nothing(theirs, {**values, **limited})
-    return MigrationResult(replace(plan, limited=limited), report, tensors)
+    values.update(limited)
+    _check_apart(ours, theirs, current, values)
+    return values, MigrationResult(replace(plan, limited=limited), report, tensors)
 
 
 def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
@@ -148,6 +157,29 @@ def _check_finite(arrays: Mapping[str, Array], whose: str, remedy: str) -> None:
                 f"{whose} tensor {name!r} holds {faults} elements that are NaN or inf (of {array.size}); "
                 f"nothing was written: {remedy}"
             )
+
+
+def _check_apart(ours: Side, theirs: Side, current: Mapping[str, Array], values: Mapping[str, Array]) -> None:
+    """Refuse to change a tensor of the target that is the source's too (a shared layer, a view)."""
+    sources = current if ours.model is theirs.model else ours.backend.read(ours.model, list(ours.tensors))
+    for target, source in _shared(current, sources):
+        if values[target].tobytes() != current[target].tobytes():
+            raise MigrationError(
+                f"the target's tensor {target!r} and the source's {source!r} are one memory, and to write the target "
+                f"would change the source; nothing was written: build the target with tensors of its own, or copy it "
+                f"first (copy.deepcopy, keras.models.clone_model)"
+            )
+
+
+def _shared(first: Mapping[str, Array], second: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+    """The names of each two tensors, one of either side, that have an element in common."""
+    one, two = (np.array([extent(array) for array in side.values()]).reshape(-1, 2) for side in (first, second))
+    near = (one[:, None, 0] < two[None, :, 1]) & (two[None, :, 0] < one[:, None, 1])
+    names = list(first), list(second)
+    for i, j in np.argwhere(near):
+        pair = names[0][i], names[1][j]
+        if np.shares_memory(first[pair[0]], second[pair[1]]):
+            yield pair
 
 
 def _limited(

@@ -577,6 +577,51 @@ def test_a_write_into_keras_that_fails_in_the_middle_leaves_the_target_bitwise_a
     assert_bitwise_equal(before, contents(target))
 
 
+def on_one_backbone(framework):
+    """Two models around one layer, each with a head of its own."""
+    if framework == "torch":
+        backbone = nn.Linear(4, 4)
+        return [randomised(nn.Sequential(backbone, nn.ReLU(), nn.Linear(4, 3)), seed) for seed in (1, 2)]
+    backbone = L.Dense(4, activation="relu")
+    return [
+        randomised(keras.Sequential([keras.Input((4,)), backbone, L.Dense(3, name="head")]), seed) for seed in (1, 2)
+    ]
+
+
+X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_target_that_shares_memory_with_the_source_is_refused_where_the_source_would_change(framework):
+    source, target = on_one_backbone(framework)
+    plan, kept, before = cc.plan(source, target, sample=X), contents(source), contents(target)
+    for options in ({"plan": plan, "target": target}, {"sample": X, "target": source}):
+        with pytest.raises(cc.MigrationError, match=r"are one memory.*nothing was written"):
+            cc.migrate(source, limit=cc.ClipByNorm(0.5), **options)
+        assert_bitwise_equal(kept, contents(source))
+        assert_bitwise_equal(before, contents(target))
+
+
+@pytest.mark.parametrize("limit", [None, cc.Delta(cc.ClipByNorm(0.1))], ids=["unlimited", "delta"])
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_target_that_shares_memory_with_the_source_is_written_where_what_they_share_stays(framework, limit):
+    source, target = on_one_backbone(framework)
+    kept, before = contents(source), contents(target)
+    result = cc.migrate(source, target, sample=X, limit=limit)
+    assert_bitwise_equal(kept, contents(source))
+    assert not np.array_equal(before[-1], contents(target)[-1])
+    assert cc.verify(source, target, sample=X, plan=result.plan).ok
+
+
+def test_a_target_whose_tensor_is_a_view_of_another_one_of_the_source_is_refused():
+    source, target = (randomised(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), seed) for seed in (1, 2))
+    target[1].weight = nn.Parameter(source[0].weight.detach().t())
+    plan, kept = cc.plan(source, target, sample=X), contents(source)
+    with pytest.raises(cc.MigrationError, match=r"target's tensor '1\.weight' and the source's '0\.weight' are one"):
+        cc.migrate(source, target, plan=plan)
+    assert_bitwise_equal(kept, contents(source))
+
+
 def test_a_nan_in_the_source_is_refused_by_name_and_nothing_is_written():
     source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
     plan = cc.plan(source, target, sample=SAMPLE)

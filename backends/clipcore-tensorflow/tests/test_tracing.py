@@ -317,6 +317,43 @@ def test_modules_are_watched_through_their_class(backend: Any) -> None:
     assert int(model.calls) == 0
 
 
+class PartlyBuilt(keras.Model):
+    """Its first layer has weights; the second is reached without, and the others never are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = L.Dense(3, name="first"), L.Dense(3, name="second")
+        self.never, self.nor = L.LSTM(3), L.Concatenate()
+        self.first.build((None, 3))
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
+class ModuleOfPartlyBuilt(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {"a": [PartlyBuilt()]}
+
+    def __call__(self, x: Any) -> Any:
+        return self.parts["a"][0](x)
+
+
+@pytest.mark.parametrize("kind", [PartlyBuilt, ModuleOfPartlyBuilt])
+def test_a_layer_that_is_reached_before_it_has_weights_is_refused_and_not_built(backend: Any, kind: Any) -> None:
+    model = kind()
+    inner = model if kind is PartlyBuilt else model.parts["a"][0]
+    for watch in (None, Watch()):
+        with pytest.raises(cc.InvalidInput, match="layer 'second' has no weights yet; call the model once") as caught:
+            backend.run(model, SAMPLE, watch)
+        assert "\n" not in str(caught.value)
+        assert not inner.second.built
+    wanted = np.asarray(model(SAMPLE))  # builds the layer, as Keras does
+    np.testing.assert_array_equal(backend.run(model, SAMPLE), wanted)
+    assert not inner.never.built
+
+
 def test_a_module_that_cannot_be_called_is_refused(backend: Any) -> None:
     with pytest.raises(cc.InvalidInput, match="has no __call__"):
         backend.run(tf.Module(name="silent"), SAMPLE)

@@ -253,7 +253,7 @@ def _walk_module(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, 
     if id(module) in seen:
         return
     seen.add(id(module))
-    held = [item for name, value in vars(module).items() if _is_state(module, name) for item in _held(value, name)]
+    held = _inside(module)
     own = {id(value): (name, value) for name, value in reversed(held) if isinstance(value, tf.Variable)}
     if own:
         yield path, module, list(reversed(own.values()))
@@ -263,6 +263,11 @@ def _walk_module(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, 
             yield from _walk_layer(value, inner, seen)
         elif isinstance(value, tf.Module):
             yield from _walk_module(value, inner, seen)
+
+
+def _inside(module: Any) -> list[tuple[str, Any]]:
+    """Names and values of the variables, modules and layers in a module's attributes."""
+    return [item for name, value in vars(module).items() if _is_state(module, name) for item in _held(value, name)]
 
 
 def _is_state(module: Any, name: str) -> bool:
@@ -286,14 +291,23 @@ def _check_built(model: Any) -> None:
     if not isinstance(model, keras.layers.Layer):
         return
     check_keras()
-    known: list[Any] = [layer for layer in _every(model) if isinstance(layer, tuple(RULES))]
+    known: list[Any] = [layer for layer in every_layer(model) if isinstance(layer, tuple(RULES))]
     if not model.built or (known and not any(layer.built for layer in known)):
         raise InvalidInput(
             f"model {model.name!r} has no weights yet: build it with model.build(input_shape), or call it once"
         )
 
 
-def _every(layer: Any) -> Iterator[Any]:
-    yield layer
-    for child in sublayers(layer):
-        yield from _every(child)
+def every_layer(model: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """The Keras layers of a model or module, itself included, each once."""
+    seen = set() if seen is None else seen
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    if isinstance(model, keras.layers.Layer):
+        yield model
+        inside = sublayers(model)
+    else:
+        inside = [value for _, value in _inside(model) if not isinstance(value, tf.Variable)]
+    for child in inside:
+        yield from every_layer(child, seen)

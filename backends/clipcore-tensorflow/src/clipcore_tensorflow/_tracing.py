@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from clipcore.backend import Watcher
 from clipcore.errors import ClipcoreError, InvalidInput
-from clipcore_tensorflow._layers import Listed, describe
+from clipcore_tensorflow._layers import Listed, describe, every_layer
 from clipcore_tensorflow._models import Running
 from clipcore_tensorflow._tensors import tf_variable, to_array
 
@@ -33,13 +33,14 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
         stack.enter_context(running.remember(model))
         stack.enter_context(running.put_back(_state(model, listed)))
         stack.enter_context(_eagerly())
+        stack.enter_context(_unbuilt_refused(model, failures))
         if watcher is not None:
             for item in listed:
                 stack.enter_context(_watched(item, _Watch(item.layer.name, watcher, failures)))
         try:
             return _arrays(model(*args, **kwargs))
         except Exception as err:
-            if failures:  # Keras re-raises with a text of its own; the watcher's exception is what its author expects
+            if failures:  # Keras re-raises with a text of its own; what a watcher raised is what its author expects
                 raise failures[0] from None
             if isinstance(err, ClipcoreError):
                 raise
@@ -206,6 +207,34 @@ def _eagerly() -> Iterator[None]:
         yield
     finally:
         tf.config.run_functions_eagerly(before)
+
+
+@contextmanager
+def _unbuilt_refused(model: Any, failures: list[BaseException]) -> Iterator[None]:
+    """A layer that the run reaches before it has weights refuses to be built: the weights would stay in the model.
+
+    One that the run never reaches may stay without.
+    """
+    # Keras puts each layer's `build` on the instance; a model builds nothing but the layers in it
+    waiting = [layer for layer in every_layer(model) if not layer.built and not isinstance(layer, keras.Model)]
+    own = [(layer, layer.build) for layer in waiting if type(layer).build is not keras.layers.Layer.build]
+    for layer, _ in own:
+        object.__setattr__(layer, "build", functools.partial(_refuse_to_build, _name(model), layer.name, failures))
+    try:
+        yield
+    finally:
+        for layer, build in own:
+            object.__setattr__(layer, "build", build)
+
+
+def _refuse_to_build(model: str, layer: str, failures: list[BaseException], *_: Any, **__: Any) -> None:
+    failures.append(
+        InvalidInput(
+            f"model {model!r}: layer {layer!r} has no weights yet; call the model once on a sample, or build the layer "
+            f"(layer.build(input_shape))"
+        )
+    )
+    raise failures[-1]
 
 
 def _state(model: Any, listed: list[Listed]) -> list[tf.Variable]:

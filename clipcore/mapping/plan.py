@@ -74,7 +74,7 @@ class Difference:
     Attributes:
         layer: the target's layer.
         setting: its canonical name ("eps", "padding" …).
-        source, target: the two values.
+        source, target: the two values; equal where no value tells the difference.
         repair: what would make up for it, in one sentence; None where nothing is known to.
     """
 
@@ -84,9 +84,19 @@ class Difference:
     target: Any
     repair: str | None = None
 
+    def __post_init__(self) -> None:
+        # JSON has no tuples: a plan that was read is equal to the one that was saved
+        object.__setattr__(self, "source", _in_tuples(self.source))
+        object.__setattr__(self, "target", _in_tuples(self.target))
+
     def __str__(self) -> str:
-        text = f"{self.layer}: {self.setting}: the target has {self.target}, the source {self.source}"
+        values = f"the target has {self.target}, the source {self.source}"
+        text = f"{self.layer}: {self.setting}: {'not the same' if self.source == self.target else values}"
         return f"{text}; {self.repair}" if self.repair else text
+
+
+def _in_tuples(value: Any) -> Any:
+    return tuple(map(_in_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ ROW = cc.Row(
     evidence="proven",
     reason="same input and same output",
 )
-PLAN = cc.Plan("torch", "tensorflow", (ROW,), ("head.weight",), (cc.Difference("bn", "eps", 1e-5, 1e-3, "mend it"),))
+DIFFERENCES = (
+    cc.Difference("bn", "eps", 1e-5, 1e-3, "mend it"),
+    cc.Difference("conv", "padding", ((1, 1), (1, 1)), "same"),
+    cc.Difference("fc", "input", "another", "another", "what comes before it differs"),
+)
+PLAN = cc.Plan("torch", "tensorflow", (ROW,), ("head.weight",), DIFFERENCES)
 
 
 def test_a_saved_plan_is_read_back_equal_and_saved_again_to_the_same_bytes(tmp_path):
@@ -88,6 +93,10 @@ def test_an_edited_row_that_means_nothing_is_refused(tmp_path, edit):
     path.write_text(json.dumps(document))
     with pytest.raises(cc.MappingError, match=r"plan\.json"):
         cc.Plan.load(path)
+
+
+def test_a_difference_that_no_value_tells_is_said_without_values():
+    assert str(DIFFERENCES[2]) == "fc: input: not the same; what comes before it differs"
 
 
 def test_a_plan_that_is_not_there_is_refused(tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -141,6 +142,9 @@ class Plan:
             raise InvalidInput(
                 f"the plan cannot be written to {path}: {err}; name a file in a folder that is there"
             ) from err
+        finally:
+            with suppress(OSError):
+                part.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -157,14 +161,18 @@ class Plan:
         if schema != SCHEMA:
             raise MappingError(f"{path} has schema {schema!r}; this clipcore reads schema {SCHEMA}: make the plan anew")
         try:
+            _check_text(document, ("source", "target"))
+            _check_list(document, "unused", str)
+            _check_list(document, "differences", dict)
+            _check_list(document, "rows", dict)
             return cls(
                 source=document["source"],
                 target=document["target"],
                 rows=tuple(_row(**entry) for entry in document["rows"]),
                 unused=tuple(document["unused"]),
-                differences=tuple(Difference(**entry) for entry in document["differences"]),
+                differences=tuple(_difference(**entry) for entry in document["differences"]),
             )
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise MappingError(f"{path} is no whole plan: {err}; make the plan anew") from err
 
     def __str__(self) -> str:
@@ -183,16 +191,33 @@ class Plan:
         return tuple(dict.fromkeys((row.source_layer, row.target_layer) for row in self.rows))
 
 
+def _check_text(entry: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(entry[name], str):
+            raise TypeError(f"{name} is {entry[name]!r}; expected text")
+
+
+def _check_list(document: Mapping[str, Any], name: str, kind: type) -> None:
+    if not isinstance(document[name], list) or not all(isinstance(entry, kind) for entry in document[name]):
+        raise TypeError(f"{name} is {document[name]!r:.60}; expected a list of {'names' if kind is str else 'entries'}")
+
+
+def _difference(**entry: Any) -> Difference:
+    _check_text(entry, ("layer", "setting") if entry.get("repair") is None else ("layer", "setting", "repair"))
+    return Difference(**entry)
+
+
 def _row(**entry: Any) -> Row:
     unknown = set(entry) - {f.name for f in fields(Row)}
     if unknown:
         raise TypeError(f"a row has the unknown entries {sorted(unknown)}")
+    _check_text(entry, ("target", "role", "source_layer", "target_layer", "pattern", "reason"))
     sources, fill, sizes = entry["sources"], entry.get("fill"), entry["sizes"]
     if not isinstance(sources, list) or len(sources) > 1 or not all(isinstance(name, str) for name in sources):
         raise TypeError(f"sources is {sources!r}; expected a list of one name, or of none")
     if not sources and not (isinstance(fill, int | float) and math.isfinite(fill)):
         raise TypeError(f"a row without a source has fill {fill!r}; expected a number")
-    if sources and not (isinstance(entry["pattern"], str) and entry["pattern"].count(" -> ") == 1):
+    if sources and entry["pattern"].count(" -> ") != 1:
         raise TypeError(f"pattern is {entry['pattern']!r}; expected 'axes -> axes'")
     if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
         raise TypeError(f"sizes is {sizes!r}; expected lengths by axis")

@@ -73,6 +73,9 @@ def test_the_printed_plan_names_every_tensor_its_origin_and_its_evidence():
         assert part in text
 
 
+TEXTS = ("target", "role", "source_layer", "target_layer", "pattern", "reason")
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -84,6 +87,8 @@ def test_the_printed_plan_names_every_tensor_its_origin_and_its_evidence():
         {"pattern": 3},
         {"sizes": [1]},
         {"evidence": "banana"},
+        {"sources": [], "fill": 10**400},
+        *({name: value} for name in TEXTS for value in (None, 1, ["x"], {"group": 1}, True)),
     ],
 )
 def test_an_edited_row_that_means_nothing_is_refused(tmp_path, edit):
@@ -93,6 +98,34 @@ def test_an_edited_row_that_means_nothing_is_refused(tmp_path, edit):
     path.write_text(json.dumps(document))
     with pytest.raises(cc.MappingError, match=r"plan\.json"):
         cc.Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *({name: value} for name in ("source", "target") for value in (None, 1, ["x"])),
+        *({"unused": value} for value in ("x", {}, [1], [None])),
+        *({"rows": value} for value in ("x", {}, [1], None)),
+        *({"differences": value} for value in ("x", {}, [1], [{}], None)),
+        {"differences": [{"layer": 1, "setting": "eps", "source": 1, "target": 2}]},
+        {"differences": [{"layer": "bn", "setting": "eps", "source": 1, "target": 2, "repair": 3}]},
+    ],
+)
+def test_an_edited_plan_that_means_nothing_is_refused(tmp_path, edit):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**PLAN.to_dict(), **edit}))
+    with pytest.raises(cc.MappingError, match=r"plan\.json is no whole plan"):
+        cc.Plan.load(path)
+
+
+def test_a_plan_that_cannot_be_saved_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "plan.json"
+    folder.mkdir()
+    with pytest.raises(cc.InvalidInput, match=r"cannot be written to .*plan\.json"):
+        PLAN.save(folder)
+    with pytest.raises(cc.InvalidInput, match="in a folder that is there"):
+        PLAN.save(folder / "none" / "plan.json")
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 def test_a_difference_that_no_value_tells_is_said_without_values():

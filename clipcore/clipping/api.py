@@ -205,18 +205,27 @@ def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[
     """
     seen: dict[Any, int] = {}
     for index, array in enumerate(arrays):
-        low, high = extent(array)
-        # what fills its memory without gaps is the same elements, in whatever order
-        shape = () if high - low == array.nbytes else (array.shape, array.strides)
-        seen.setdefault((low, high, *shape) if array.size else ("empty", index), index)
+        seen.setdefault(_footprint(array) if array.size else ("empty", index), index)
     places = list(seen.values())
-    end, last = 0, -1
+    before: list[tuple[int, int]] = []  # (end, place) of all that reach beyond where the next one begins
     for low, high, index in sorted((*extent(arrays[i]), i) for i in places if arrays[i].size):
-        if low < end and np.shares_memory(arrays[last], arrays[index]):
-            raise InvalidInput(
-                f"grads{paths[last]} and grads{paths[index]} overlap in memory: elements would be scaled twice; "
-                f"use cc.clip"
-            )
-        if high > end:
-            end, last = high, index
+        before = [(end, other) for end, other in before if end > low]
+        for _, other in before:
+            if np.shares_memory(arrays[other], arrays[index]):
+                raise InvalidInput(
+                    f"grads{paths[other]} and grads{paths[index]} overlap in memory: elements would be scaled twice; "
+                    f"use cc.clip"
+                )
+        before.append((high, index))
     return places
+
+
+def _footprint(array: np.ndarray) -> tuple[Any, ...]:
+    """The bytes that an array's elements take, in whatever order: the first one, and [distance, count] per axis."""
+    axes = [[1, array.itemsize]]
+    for distance, count in sorted((abs(stride), size) for size, stride in zip(array.shape, array.strides, strict=True)):
+        if distance == axes[-1][0] * axes[-1][1]:
+            axes[-1][1] *= count
+        elif count > 1:
+            axes.append([distance, count])
+    return extent(array)[0], *map(tuple, axes)

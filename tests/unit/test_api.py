@@ -1,9 +1,12 @@
 """What a caller can get wrong is one clear sentence, and nothing is changed."""
 
+import itertools
 import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import clipcore as cc
 
@@ -103,9 +106,19 @@ def test_threads_clip_at_the_same_time():
     assert results == expected
 
 
-@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[::-1], lambda x: x.reshape(-1)])
-def test_a_view_of_the_same_memory_is_scaled_once_in_place(view):
-    grad = np.full((2, 2), 3.0)
+@pytest.mark.parametrize(
+    ("grad", "view"),
+    [
+        (np.ones((2, 2)), lambda x: x.T),
+        (np.ones((2, 2)), lambda x: x[::-1]),
+        (np.ones((2, 2)), lambda x: x.reshape(-1)),
+        (np.ones((2, 4))[:, ::2], lambda x: x.T),
+        (np.ones((2, 4))[:, ::2], lambda x: x[::-1, None, ::-1]),
+        (np.ones((2, 4))[:, ::2], lambda x: x.reshape(4)),
+    ],
+)
+def test_a_view_of_the_same_memory_is_scaled_once_in_place(grad, view):
+    grad[...] = 3
     report = cc.clip_([grad, view(grad)], POLICY)
     assert report.norm == 6
     np.testing.assert_array_equal(grad, np.full((2, 2), 3 * (1 / 6)))
@@ -118,6 +131,30 @@ def test_memories_that_overlap_in_part_are_refused_and_left_alone():
     np.testing.assert_array_equal(grad, np.full(6, 3.0))
     cc.clip_([grad[::2], grad[1::2]], POLICY)
     np.testing.assert_allclose(grad, np.full(6, 6**-0.5))
+
+
+def test_memories_that_overlap_are_refused_with_others_lying_between_them():
+    grad = np.ones(60, np.float32)
+    with pytest.raises(cc.InvalidInput, match=r"grads\[1\] and grads\[2\] overlap"):
+        cc.clip_([grad[0::2], grad[1:50:2], grad[3:60:2]], POLICY)
+    np.testing.assert_array_equal(grad, np.ones(60, np.float32))
+
+
+SLICES = st.builds(slice, st.integers(0, 11), st.integers(0, 12), st.sampled_from([-3, -2, -1, 1, 2, 3]))
+
+
+@given(st.lists(SLICES, min_size=1, max_size=5))
+def test_no_element_is_ever_scaled_twice_in_place(slices):
+    grad = np.ones(12)
+    views = [grad[where] for where in slices]
+    try:
+        report = cc.clip_(views, POLICY)
+    except cc.InvalidInput:
+        np.testing.assert_array_equal(grad, np.ones(12))
+        shared = [np.shares_memory(a, b) for a, b in itertools.combinations(views, 2)]
+        assert any(shared)
+    else:
+        assert set(grad) <= {1.0, report.scale}
 
 
 def test_a_backend_can_be_named():

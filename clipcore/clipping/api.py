@@ -201,10 +201,15 @@ def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[
     """The first place of each memory: gradients can be one tensor under several names, or views of it.
 
     Raises:
-        InvalidInput: two of them overlap in part, so that an element would be scaled twice.
+        InvalidInput: two of them overlap in part, or one overlaps itself, so that an element would be scaled twice.
     """
     seen: dict[Any, int] = {}
     for index, array in enumerate(arrays):
+        if _overlaps_itself(array):
+            raise InvalidInput(
+                f"grads{paths[index]} has shape {array.shape} and strides of {array.strides} bytes: its elements share "
+                f"memory and would be scaled twice; use cc.clip, or pass a copy"
+            )
         seen.setdefault(_footprint(array) if array.size else ("empty", index), index)
     places = list(seen.values())
     before: list[tuple[int, int]] = []  # (end, place) of all that reach beyond where the next one begins
@@ -229,3 +234,21 @@ def _footprint(array: np.ndarray) -> tuple[Any, ...]:
         elif count > 1:
             axes.append([distance, count])
     return extent(array)[0], *map(tuple, axes)
+
+
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """Whether some of an array's elements share memory, as those of broadcast arrays and sliding windows do."""
+    if array.flags.forc:  # the usual case, quick for a thousand small tensors
+        return False
+    span, nested = array.itemsize, True
+    for distance, count in sorted((abs(stride), size) for size, stride in zip(array.shape, array.strides, strict=True)):
+        nested = nested and (count <= 1 or distance >= span)
+        span += (count - 1) * distance
+    if nested or array.size == 0:
+        return False
+    if array.nbytes > span:
+        return True
+    places = np.zeros(array.shape, np.int64)  # no axis steps over the others: each element is looked at
+    for axis, (size, stride) in enumerate(zip(array.shape, array.strides, strict=True)):
+        places += np.expand_dims(np.arange(size) * stride, tuple(range(1, array.ndim - axis)))
+    return bool(np.diff(np.sort(places, axis=None)).min() < array.itemsize)

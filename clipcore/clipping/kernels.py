@@ -103,6 +103,8 @@ def count(arrays: Sequence[Array], is_fault: Callable[[Array], Any]) -> int:
 def extent(array: Array) -> tuple[int, int]:
     """The addresses between which an array's elements lie."""
     low = high = array.__array_interface__["data"][0]
+    if array.flags.forc:
+        return low, low + array.nbytes
     for size, stride in zip(array.shape, array.strides, strict=True):
         low, high = low + min((size - 1) * stride, 0), high + max((size - 1) * stride, 0)
     return low, high + array.itemsize

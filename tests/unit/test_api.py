@@ -140,6 +140,22 @@ def test_memories_that_overlap_are_refused_with_others_lying_between_them():
     np.testing.assert_array_equal(grad, np.ones(60, np.float32))
 
 
+@given(st.data())
+def test_an_array_whose_own_elements_overlap_is_refused_in_place_and_no_other(data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 4), min_size=0, max_size=3)))
+    strides = tuple(4 * data.draw(st.integers(0, 9)) for _ in shape)
+    memory = np.ones(200, np.float32)
+    array = np.lib.stride_tricks.as_strided(memory, shape, strides, writeable=True)
+    places = [sum(i * stride for i, stride in zip(index, strides, strict=True)) for index in np.ndindex(shape)]
+    if len(set(places)) < len(places):
+        with pytest.raises(cc.InvalidInput, match="its elements share memory"):
+            cc.clip_(array, cc.ClipByValue(0.5))
+        assert (memory == 1).all()
+    else:
+        cc.clip_(array, cc.ClipByValue(0.5))
+        assert (memory == 0.5).sum() == array.size
+
+
 SLICES = st.builds(slice, st.integers(0, 11), st.integers(0, 12), st.sampled_from([-3, -2, -1, 1, 2, 3]))
 
 

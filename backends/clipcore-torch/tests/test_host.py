@@ -123,11 +123,14 @@ def test_memory_is_not_shown_where_a_derivative_is_wanted(backend):
     assert backend.to_host([param], writable=True) is not None
 
 
-def test_writing_into_shared_elements_is_refused():
-    gradient = torch.ones(1, 3).expand(4, 3)
-    with pytest.raises(cc.InvalidInput, match=r"shape \(4, 3\) and strides \(0, 1\).*share memory.*cc\.clip"):
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("view", [lambda t: t[:1].expand(4, 1), lambda t: t.unfold(0, 3, 1)])
+def test_writing_into_shared_elements_is_refused(dtype, view):
+    memory = torch.ones(40_000, dtype=dtype)
+    gradient = view(memory)
+    with pytest.raises(cc.InvalidInput, match=r"grads\[1\] has shape .* share memory.*cc\.clip"):
         cc.clip_([torch.ones(2), gradient], POLICY)
-    assert torch.equal(gradient, torch.ones(4, 3))
+    assert torch.equal(memory, torch.ones_like(memory))
     assert bits(cc.clip(gradient, POLICY)[0]) == bits(cc.clip(gradient.clone(), POLICY)[0])
 
 

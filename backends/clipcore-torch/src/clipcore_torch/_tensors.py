@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipcore.errors import InvalidInput
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # dtypes that torch has and NumPy gets from ml_dtypes under the same name, and the integers through which they pass
@@ -31,21 +29,16 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def to_host(tensors: Sequence[Tensor], *, writable: bool = False) -> list[Array] | None:
-    """The memory of eager CPU tensors as arrays; see `clipcore.Backend.to_host`.
-
-    Raises:
-        InvalidInput: with `writable`, a tensor whose elements share memory.
-    """
+    """The memory of eager CPU tensors as arrays; see `clipcore.Backend.to_host`."""
     if torch.compiler.is_compiling():
         return None
     arrays = []
-    for index, tensor in enumerate(tensors):
+    for tensor in tensors:
         if not _is_on_host(tensor):
             return None
         if writable:
             if tensor.is_conj() or tensor.is_neg() or (tensor.is_sparse and not tensor.is_coalesced()):
                 return None  # what can be seen of these is a copy
-            _refuse_shared_elements(tensor, index)
         elif tensor.requires_grad and torch.is_grad_enabled():
             return None
         try:
@@ -64,16 +57,6 @@ def _is_on_host(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and (tensor.layout is torch.strided or tensor.is_sparse)
     )
-
-
-def _refuse_shared_elements(tensor: Tensor, index: int) -> None:
-    if tensor.is_sparse or 0 not in tensor.stride() or tensor.numel() == 0:
-        return
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise InvalidInput(
-            f"tensor {index} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: its elements share memory, "
-            f"so that it cannot be written in place; use cc.clip, or pass tensor.clone()"
-        )
 
 
 def _announce_writes(tensors: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,11 +103,13 @@ def limit_(model_or_params: Any, limit: Policy) -> ClipReport:
 
 def _model_or_params(model_or_params: Any) -> tuple[Any, Backend]:
     """The model, or its parameters as a list, and whose they are."""
-    try:
-        return model_or_params, backend_of(model_or_params)
-    except BackendError:
-        if not hasattr(model_or_params, "__iter__"):
-            raise
+    # asked first, since torch.compile cannot trace the search for a backend that ends in an exception
+    if not isinstance(model_or_params, list | tuple | Iterator):
+        try:
+            return model_or_params, backend_of(model_or_params)
+        except BackendError:
+            if not hasattr(model_or_params, "__iter__"):
+                raise
     params = [leaf for _, leaf in leaves(list(model_or_params))]
     return params, backend_of(params[0]) if params else get_backend()
 

@@ -143,6 +143,25 @@ def test_gradients_are_clipped_in_place_inside_a_compiled_function():
     assert_close([to_array(p.grad) for p in layer.parameters()], flat(wanted), absolute=0.0)
 
 
+@pytest.mark.parametrize(
+    "given_as", [list, tuple, iter, lambda params: [params, None], lambda params: (p for p in params)]
+)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_parameters_in_any_iterable_are_clipped_and_limited_inside_a_compiled_function(given_as, fullgraph):
+    params = [nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([4.0]))]
+    for param in params:
+        param.grad = 2 * param.detach()
+    clip = torch.compile(
+        lambda: cc.clip_grads_(given_as(params), cc.ClipByGlobalNorm(1.0)), fullgraph=fullgraph, backend="aot_eager"
+    )
+    limit = torch.compile(
+        lambda: cc.limit_(given_as(params), cc.ClipByGlobalNorm(1.0)), fullgraph=fullgraph, backend="aot_eager"
+    )
+    assert (float(clip().norm), float(limit().norm)) == (10.0, 5.0)
+    for tensors in ([p.grad for p in params], [p.detach() for p in params]):
+        assert_close([to_array(t) for t in tensors], [np.float32([0.6]), np.float32([0.8])], absolute=0.0)
+
+
 def test_raising_is_refused_where_gradients_cannot_be_read():
     policy = cc.ClipByGlobalNorm(1.0, nonfinite="raise")
     compiled = torch.compile(lambda grads: cc.clip(grads, policy), fullgraph=True, backend="eager")

@@ -53,7 +53,8 @@ class TorchBackend:
     def weights(self, model_or_params: Any) -> list[Tensor]:
         params = _unique(_parameters(model_or_params))
         # of a model its trainable tensors; tensors that the user lists are all meant
-        return [p for p in params if p.requires_grad] if isinstance(model_or_params, nn.Module) else params
+        meant = [p for p in params if p.requires_grad] if isinstance(model_or_params, nn.Module) else params
+        return [p.detach() for p in meant]  # the same memory: limiting is no step that is differentiated
 
     def is_model(self, obj: Any) -> bool:
         return isinstance(obj, nn.Module)

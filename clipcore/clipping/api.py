@@ -171,13 +171,18 @@ def _bound(
 
 
 def _bound_in_place(paths: Sequence[str], tensors: Sequence[Any], policy: Policy, owner: Backend) -> ClipReport:
-    arrays = owner.to_host(tensors, writable=True)
-    if arrays is not None:
+    seen: dict[int, tuple[str, Any]] = {}
+    for path, tensor in zip(paths, tensors, strict=True):
+        seen.setdefault(id(tensor), (path, tensor))
+    paths, tensors = [path for path, _ in seen.values()], [tensor for _, tensor in seen.values()]
+    written = owner.to_host(tensors, writable=True)
+    arrays = owner.to_host(tensors) if written is None else written
+    if arrays is not None:  # wherever memory can be seen, views of it are known, even where it is written otherwise
         places = _one_per_memory(paths, arrays)
-        _, report = _bound_arrays(
-            [paths[i] for i in places], [arrays[i] for i in places], policy, HostPrimitives(in_place=True)
-        )
-        return report
+        paths, tensors = [paths[i] for i in places], [tensors[i] for i in places]
+        if written is not None:
+            arrays = [arrays[i] for i in places]
+            return _bound_arrays(paths, arrays, policy, HostPrimitives(in_place=True))[1]
     bounded, report = _bound(paths, tensors, policy, owner)
     for tensor, result in zip(tensors, bounded, strict=True):
         if result is not tensor:

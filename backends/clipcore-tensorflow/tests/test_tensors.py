@@ -162,6 +162,23 @@ def test_variables_are_clipped_in_place(make: Any) -> None:
     assert np.array_equal(np.asarray(variable), np.array([0.6, 0.8], np.float32))
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_one_variable_in_two_places_is_clipped_once(traced: bool) -> None:
+    variable = tf.Variable([3.0, 4.0])
+
+    def clip() -> cc.ClipReport:
+        return cc.clip_([variable, variable], cc.ClipByGlobalNorm(1.0))
+
+    report = (tf.function(clip) if traced else clip)()
+    assert float(report.norm) == 5.0
+    np.testing.assert_allclose(variable.numpy(), [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_keras_variable_and_the_variable_under_it_are_one_memory() -> None:
+    variable = keras.Variable(np.float32([3.0, 4.0]))
+    assert cc.clip_([variable, variable.value], cc.ClipByGlobalNorm(1.0)).norm == 5.0
+
+
 def test_what_is_a_tensor(backend: Any) -> None:
     sparse = tf.IndexedSlices(tf.ones([1, 1]), tf.constant([0]))
     assert all(map(backend.is_tensor, [tf.constant(1.0), tf.Variable(1.0), keras.Variable(1.0), sparse]))

@@ -178,6 +178,15 @@ def test_gradients_that_share_memory_are_scaled_once():
     assert torch.equal(first.grad, torch.full((4,), 0.5))
 
 
+def test_one_memory_counts_once_beside_a_tensor_that_cannot_be_written_where_it_lies():
+    uncoalesced = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.zeros(2), (2,), check_invariants=True)
+    for other in (uncoalesced, torch.zeros(2, dtype=torch.complex64).conj()):
+        grad = torch.tensor([[3.0, 4.0]])
+        report = cc.clip_([grad, other, other, grad, grad.view(2)], POLICY)
+        assert report.norm == 5.0
+        assert bits(grad) == bits(cc.clip(torch.tensor([[3.0, 4.0]]), POLICY)[0])
+
+
 def test_weights_are_limited_in_place_and_statistics_are_not_touched():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     with torch.no_grad():

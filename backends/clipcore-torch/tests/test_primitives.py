@@ -162,6 +162,15 @@ def test_parameters_in_any_iterable_are_clipped_and_limited_inside_a_compiled_fu
         assert_close([to_array(t) for t in tensors], [np.float32([0.6]), np.float32([0.8])], absolute=0.0)
 
 
+def test_one_tensor_in_two_places_is_clipped_once_inside_a_compiled_function():
+    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
+    clip = torch.compile(
+        lambda a, b: cc.clip_([a, b, a], cc.ClipByGlobalNorm(1.0)), fullgraph=True, backend="aot_eager"
+    )
+    assert float(clip(*grads).norm) == 5.0
+    assert_close([to_array(grad) for grad in grads], [np.float32([0.6]), np.float32([0.8])], absolute=0.0)
+
+
 def test_raising_is_refused_where_gradients_cannot_be_read():
     policy = cc.ClipByGlobalNorm(1.0, nonfinite="raise")
     compiled = torch.compile(lambda grads: cc.clip(grads, policy), fullgraph=True, backend="eager")

@@ -77,6 +77,19 @@ def test_one_memory_in_two_places_is_scaled_once(backend: Backend, mutable: bool
     checks.assert_same_bits(as_arrays(backend, tensor), [np.array([1.5, 2.0])])
 
 
+@pytest.mark.parametrize("policy", [cc.ClipByGlobalNorm(1.0), cc.ClipByNorm(1.0)], ids=repr)
+def test_one_weight_in_two_places_counts_once(backend: Any, policy: cc.Policy) -> None:
+    if not hasattr(backend, "layers"):
+        pytest.skip(f"not offered: backend {backend.name!r} has no models, so no weights to limit")
+    model = backend.build_layer("linear", {"activation": None}, {"kernel": (1, 2), "bias": (1,)})
+    (layer,) = backend.layers(model)
+    values = {"kernel": np.array([3.0, 4.0], np.float32), "bias": np.zeros(1, np.float32)}
+    backend.write(model, {t.name: values[role].reshape(t.shape) for role, t in layer.tensors.items()})
+    weights = backend.weights(model)
+    report = cc.clip_([*weights, *weights], policy, backend=backend.name)
+    checks.assert_norm(report.norm, 5.0)
+
+
 @pytest.mark.parametrize("policy", [cc.ClipByGlobalNorm(0.5), cc.ClipByNorm(0.5), cc.ClipByValue(0.25)], ids=repr)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_limiting_the_weights_of_a_model_gives_the_same_bits(backend: Any, policy: cc.Policy, seed: int) -> None:

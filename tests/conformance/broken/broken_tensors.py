@@ -68,16 +68,6 @@ class WritesIntoCopies(Healthy):
         return [array.copy() for array in arrays] if writable else arrays
 
 
-class ScalesEveryPlaceOfOneMemory(Healthy):
-    """Each mention of a tensor is seen as memory of its own, written back in turn."""
-
-    def to_host(self, tensors, *, writable=False):
-        return None if writable else super().to_host(tensors)
-
-    def assign_(self, tensor, value):
-        tensor *= 0.5
-
-
 class CopiesInRange(Composed):
     class Primitives(HostPrimitives):
         def apply(self, tensors, scale):

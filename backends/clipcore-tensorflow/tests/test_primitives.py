@@ -146,6 +146,22 @@ def test_sparse_duplicates_are_summed_in_a_graph(jit: bool) -> None:
     assert float(report.norm) == pytest.approx(eager.norm, rel=1e-15)
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("values", "dtype", "total"),
+    [
+        ([1.0] * 3000, "float16", 3000.0),
+        ([1.0] * 3000, "bfloat16", 3008.0),  # the nearest bfloat16
+        ([6e4, 6e4, -6e4], "float16", 6e4),
+        ([1e8, 1.0, -1e8], "float32", 1.0),
+        ([1e8, 1j, -1e8], "complex64", 1.0),
+    ],
+)
+def test_duplicates_are_summed_in_float64_in_a_graph(values: Any, dtype: str, total: float, jit: bool) -> None:
+    sparse = tf.IndexedSlices(tf.constant(cast(values, dtype)), tf.constant([0] * len(values)), tf.constant([3]))
+    assert float(clip_compiled([sparse], cc.ClipByGlobalNorm(1e9), jit)[1].norm) == total
+
+
 def test_unknown_shapes_are_clipped() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32)], autograph=False)
     def traced(x: Any) -> Any:

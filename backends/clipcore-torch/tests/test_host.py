@@ -1,5 +1,6 @@
 """Eager CPU tensors: their memory as arrays, and clipping through the public verbs."""
 
+import math
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import clipcore as cc
+from clipcore.clipping.kernels import round_once
 from clipcore.testing import strategies
 from clipcore.testing.checks import assert_like_reference, assert_same_bits
-from clipcore_torch._tensors import as_tensor, to_array
+from clipcore_torch._tensors import as_tensor, to_array, values_of
 
 POLICY = cc.ClipByGlobalNorm(1.0)
 REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -228,6 +230,36 @@ def test_sparse_gradients_are_summed_first(dtype):
             assert cc.clip_([other], policy).scale == report.scale
             assert bits(other) == bits(wanted)
         assert cc.clip([sparse], cc.ClipByGlobalNorm(100.0))[0][0] is sparse
+
+
+def repeated(values, dtype):
+    """A sparse tensor that has all its values at one index."""
+    values = torch.tensor(values, dtype=dtype)
+    return torch.sparse_coo_tensor(torch.zeros(1, len(values), dtype=torch.long), values, (3,), check_invariants=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "total"),
+    [
+        ([1.0] * 3000, torch.float16, 3000.0),
+        ([1.0] * 3000, torch.bfloat16, 3008.0),  # the nearest bfloat16
+        ([6e4, 6e4, -6e4], torch.float16, 6e4),
+        ([1e8, 1.0, -1e8], torch.float32, 1.0),
+        ([1e8, 1j, -1e8], torch.complex64, 1.0),
+        ([6e4, 6e4], torch.float16, math.inf),
+    ],
+)
+def test_duplicates_are_summed_in_float64_and_rounded_once(backend, values, dtype, total):
+    policy = cc.ClipByValue(1e9) if total == math.inf else cc.ClipByGlobalNorm(1e9)
+    assert cc.clip(repeated(values, dtype), policy)[1].norm == total
+    assert float(policy.bound([repeated(values, dtype)], backend.primitives())[1].norm) == total
+
+
+@given(st.lists(st.floats(-4.0, 4.0, width=16), min_size=2, max_size=5), st.sampled_from(REAL))
+def test_the_sum_of_duplicates_is_the_one_that_the_core_rounds(values, dtype):
+    shown = to_array(values_of(repeated(values, dtype)))
+    exact = to_array(torch.tensor(values, dtype=dtype)).astype(np.float64).sum(keepdims=True)
+    assert shown.tobytes() == round_once(exact, shown.dtype).tobytes()
 
 
 def test_an_empty_sparse_gradient_is_in_range():

@@ -155,7 +155,7 @@ def _coalesced(tensor: Any) -> Any:
     indices = tf.gather(tensor.indices, order)
     first = tf.concat([tf.zeros_like(indices[:1], tf.int32), tf.cast(indices[1:] != indices[:-1], tf.int32)], 0)
     segments, count = tf.cumsum(first), tf.size(indices)
-    wide = {tf.float16: tf.float32, tf.bfloat16: tf.float32}.get(tensor.dtype, tensor.dtype)
+    wide = tf.complex128 if tensor.dtype.is_complex else tf.float64
     total = tf.math.unsorted_segment_sum(tf.gather(tf.cast(tensor.values, wide), order), segments, count)
     kept = tf.math.unsorted_segment_max(indices, segments, count)
     kept = tf.where(tf.range(count) <= tf.reduce_max(segments), kept, indices[:1])

@@ -17,9 +17,8 @@ from torch.linalg import vector_norm
 from clipcore.backend import NonFiniteMode
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput, NonFinite
-from clipcore_torch._tensors import map_values, values_of
+from clipcore_torch._tensors import DEVICES_WITHOUT_FLOAT64, map_values, values_of
 
-_DEVICES_WITHOUT_FLOAT64 = ("mps",)
 _BLOCK = 1024  # elements that are summed in a row
 
 
@@ -192,7 +191,7 @@ def _peak(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type in _DEVICES_WITHOUT_FLOAT64 else torch.float64
+    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
 
 
 def _magnitudes(x: Tensor, unit: Tensor) -> Tensor:

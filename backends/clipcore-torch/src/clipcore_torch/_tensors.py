@@ -20,6 +20,7 @@ _EXTENDED: dict[torch.dtype, tuple[torch.dtype, np.dtype[Any]]] = {
     torch.float8_e4m3fnuz: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fnuz)),
     torch.float8_e5m2fnuz: (torch.uint8, np.dtype(ml_dtypes.float8_e5m2fnuz)),
 }
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
 _TORCH_DTYPES = {array_dtype: dtype for dtype, (_, array_dtype) in _EXTENDED.items()}
 
 
@@ -72,8 +73,26 @@ def memory(tensor: Tensor) -> Array:
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """The tensor itself, or of a sparse one its values after duplicates were summed."""
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
+    """The tensor itself, or of a sparse one its values, duplicates summed in float64 and rounded once."""
+    if not tensor.is_sparse:
+        return tensor
+    if tensor.is_coalesced() or tensor.device.type in DEVICES_WITHOUT_FLOAT64:
+        return tensor.coalesce().values()
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return _round_once(tensor.to(wide).coalesce().values(), tensor.dtype)
+
+
+def _round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 or complex128 values rounded once to another dtype.
+
+    Torch goes through float32 and rounds twice; setting the last bit of an inexact float32 prevents that.
+    """
+    if dtype not in (torch.float16, torch.bfloat16) or values.requires_grad:  # bits have no derivative
+        return values.to(dtype)
+    narrow = values.to(torch.float32)
+    bits = narrow.view(torch.int32)
+    towards_zero = bits - (narrow.abs() > values.abs()).to(torch.int32)
+    return torch.where(narrow == values, bits, towards_zero | 1).view(torch.float32).to(dtype)
 
 
 def with_values(like: Tensor | None, values: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ A message has the value, the place, what was expected and what to do.
 class ClipcoreError(Exception):
     """The base of every error that clipcore raises."""
 
+    # Said, though inherited: an error that leaves a tf.function keeps its class only where this is so. AutoGraph makes
+    # it anew with a longer message, and makes nothing of classes whose constructor it does not know.
+    __init__ = Exception.__init__
+
 
 class InvalidPolicy(ClipcoreError, ValueError):
     """A policy was built with an argument that has no meaning."""

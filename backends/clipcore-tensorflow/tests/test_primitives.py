@@ -177,6 +177,21 @@ def test_raising_inside_a_graph_is_a_clear_error(jit: bool) -> None:
         clip_compiled([tf.constant([1.0])], cc.ClipByGlobalNorm(1.0, nonfinite="raise"), jit)
 
 
+@compiled
+@pytest.mark.parametrize(
+    "grads", [[tf.constant([1])], [tf.constant([1.0]), np.ones(1)], ["gradient"]], ids=["ints", "two", "str"]
+)
+def test_an_error_keeps_its_class_and_its_sentence_on_its_way_out_of_a_traced_function(grads: Any, jit: bool) -> None:
+    def by_hand(grads: Any) -> Any:
+        return cc.clip(grads, cc.ClipByGlobalNorm(1.0))
+
+    with pytest.raises(cc.InvalidInput) as eager:
+        by_hand(grads)
+    with pytest.raises(cc.InvalidInput) as traced:
+        tf.function(lambda: by_hand(grads), jit_compile=jit)()
+    assert str(eager.value) in str(traced.value)
+
+
 def test_autograph_leaves_clipcore_alone() -> None:
     @tf.function
     def traced(x: Any) -> Any:

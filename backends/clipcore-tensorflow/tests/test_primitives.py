@@ -173,7 +173,7 @@ def test_unknown_shapes_are_clipped() -> None:
 
 @compiled
 def test_raising_inside_a_graph_is_a_clear_error(jit: bool) -> None:
-    with pytest.raises(cc.InvalidPolicy, match="nonfinite='raise' reads the gradients"):
+    with pytest.raises(cc.InvalidInput, match="nonfinite='raise' reads the gradients"):
         clip_compiled([tf.constant([1.0])], cc.ClipByGlobalNorm(1.0, nonfinite="raise"), jit)
 
 

@@ -152,7 +152,7 @@ def test_raising_works_eagerly_and_is_refused_in_a_graph() -> None:
     with pytest.raises(cc.NonFinite):
         fit(model, x=X[:8] * np.float32(np.nan))
     assert values(model.weights) == before
-    with pytest.raises(cc.InvalidPolicy, match="which a traced function cannot"):
+    with pytest.raises(cc.InvalidInput, match="which a traced function cannot"):
         trained(O.SGD(0.1), policy)
 
 

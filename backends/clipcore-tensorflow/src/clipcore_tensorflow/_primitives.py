@@ -16,7 +16,7 @@ import tensorflow as tf
 from clipcore.backend import NonFiniteMode
 from clipcore.clipping.kernels import bound_in
 from clipcore.clipping.report import ClipReport
-from clipcore.errors import InvalidPolicy, NonFinite
+from clipcore.errors import InvalidInput, NonFinite
 
 _ROW = 256  # elements that are summed one after the other
 _PART = 1 << 19  # elements that are widened to float64 at a time
@@ -193,7 +193,7 @@ def _fault(faults: tf.Tensor, nonfinite: NonFiniteMode) -> tf.Tensor:
     """Whether the policy's word on non-finite elements takes effect."""
     if nonfinite == "raise":
         if not tf.executing_eagerly():
-            raise InvalidPolicy(
+            raise InvalidInput(
                 "nonfinite='raise' reads the gradients, which a traced function cannot; use 'propagate', 'zero' or "
                 "'skip' there, or clip outside of tf.function"
             )

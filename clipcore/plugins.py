@@ -21,7 +21,8 @@ GROUP = "clipcore"
 ENVIRONMENT_VARIABLE = "CLIPCORE_BACKEND"
 
 _backends: dict[str, Backend] = {}
-_names_by_root: dict[str, str] = {}
+_owners: dict[str, str | None] = {}  # by root module
+_broken: list[str] = []  # what broken plugins said when they were asked for their root modules
 _lock = threading.RLock()  # two threads may be the first to ask for a backend
 
 
@@ -70,7 +71,7 @@ def backend_of(obj: Any) -> Backend:
     """The backend that handles `obj`, a tensor, model or optimizer, by the root modules of its type and their bases.
 
     Raises:
-        BackendError: no installed backend handles it.
+        BackendError: no installed backend handles it, or two claim it.
 
     >>> import numpy as np
     >>> backend_of(np.zeros(3)).name
@@ -87,24 +88,28 @@ def _load(name: str) -> str:
             backend = _call(name, "clipcore_backend")
             if not isinstance(backend, Backend):
                 raise BackendError(f"backend {name!r}: clipcore_backend returned {backend!r:.60}; expected a Backend")
+            if backend.name != name:
+                raise BackendError(
+                    f"backend {name!r}: clipcore_backend returned one whose name is {backend.name!r}; expected "
+                    f"{name!r}, the name of its entry point"
+                )
             _backends[name] = backend
     return name
 
 
 def _load_for(cls: type) -> str:
     """Make sure that the backend that handles instances of `cls` is in `_backends`; its name."""
-    roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
-    for root in roots:
-        if root in _names_by_root:
-            return _load(_names_by_root[root])
-    with _lock:
-        broken = _index_roots(set(roots))
-    for root in roots:
-        if root in _names_by_root:
-            return _load(_names_by_root[root])
+    for base in cls.__mro__:
+        if (owner := _owner(base.__module__.partition(".")[0])) is not None:
+            return _load(owner)
     place = f"{cls.__module__}.{cls.__qualname__}"
     known = f"(installed: {', '.join(backends())})"
-    raise BackendError("; ".join([f"no installed backend handles objects of type {place} {known}", *broken]))
+    said = "; ".join([f"no installed backend handles objects of type {place} {known}", *_broken])
+    with _lock:  # what is installed meanwhile is found the next time
+        _owners.clear()
+        _broken.clear()
+        _claims.cache_clear()
+    raise BackendError(said)
 
 
 # What torch.compiler.assume_constant_result sets: torch.compile calls these as it traces, and does not trace them, so
@@ -113,23 +118,41 @@ for _function in (_load, _load_for):
     vars(_function)["_dynamo_marked_constant"] = True
 
 
-def _index_roots(wanted: set[str]) -> list[str]:
-    """Ask plugins for their root modules until one names a wanted root; what broken plugins said."""
-    names, broken = backends(), []
-    # a plugin named like the framework is most likely the one, and asking it alone imports no other
-    for name in sorted(names, key=lambda name: name not in wanted):
-        try:
-            _plugin(name)
-            roots = _call(name, "clipcore_root_modules")
-            if not isinstance(roots, list | tuple) or not all(isinstance(root, str) for root in roots):
-                raise BackendError(f"backend {name!r}: clipcore_root_modules returned {roots!r:.60}; expected names")
-        except BackendError as err:
-            broken.append(str(err))
-            continue
-        _names_by_root.update(dict.fromkeys(roots, name))
-        if wanted & set(roots):
-            break
-    return broken
+def _owner(root: str) -> str | None:
+    """The backend that handles a root module, whatever was asked before."""
+    if root not in _owners:
+        with _lock:
+            _owners[root] = _find_owner(root)
+    return _owners[root]
+
+
+def _find_owner(root: str) -> str | None:
+    """The backend that is named like the module, if it claims it; else the only one that does."""
+    names = backends()
+    # asked alone, which imports no other plugin, and no other takes a framework from the backend of its name
+    if root in names and root in _claims(root):
+        return root
+    claimants = [name for name in names if root in _claims(name)]
+    if len(claimants) > 1:
+        raise BackendError(
+            f"objects of module {root!r} are claimed by the backends {' and '.join(map(repr, claimants))}: uninstall "
+            f"all but one of them, or name one with backend="
+        )
+    return claimants[0] if claimants else None
+
+
+@cache
+def _claims(name: str) -> tuple[str, ...]:
+    """The root modules that a backend claims, none where its plugin is broken."""
+    try:
+        _plugin(name)
+        roots = _call(name, "clipcore_root_modules")
+        if not isinstance(roots, list | tuple) or not all(isinstance(root, str) for root in roots):
+            raise BackendError(f"backend {name!r}: clipcore_root_modules returned {roots!r:.60}; expected names")
+    except BackendError as err:
+        _broken.append(str(err))
+        return ()
+    return tuple(roots)
 
 
 def _plugin(name: str) -> object:

@@ -159,7 +159,8 @@ def test_whatever_a_plugin_does_wrong_is_its_own_backend_error(tmp_path, fault):
 
 
 def test_two_threads_may_be_the_first_to_ask(tmp_path):
-    plugin(tmp_path, "slow", "import time; time.sleep(0.2)" + HEALTHY.replace("\n    ", "\n"))
+    source = textwrap.dedent(HEALTHY).replace('"healthy"', '"slow"')
+    plugin(tmp_path, "slow", f"import time; time.sleep(0.2)\n{source}")
     code = """
         import threading
         import clipcore as cc
@@ -170,3 +171,60 @@ def test_two_threads_may_be_the_first_to_ask(tmp_path):
         print(len(names))
     """
     assert run(tmp_path, code) == "6"
+
+
+def claiming(name, *roots):
+    """A healthy plugin of another name that claims other root modules."""
+    source = HEALTHY.replace('["healthy_plugin"]', repr(list(roots)))
+    return source.replace('"healthy"', repr(name)) + "    class Array(np.ndarray):\n        pass\n"
+
+
+LOOKUPS = {
+    "at once": "",
+    "after one that finds nothing": "    try: cc.backend_of(object())\n    except cc.BackendError: pass\n",
+    "after the stranger was asked for": "    cc.get_backend('stranger')\n",
+    "after an object of the stranger": "    cc.backend_of(stranger_plugin.Tensor())\n",
+}
+
+
+@pytest.mark.parametrize("before", LOOKUPS.values(), ids=LOOKUPS)
+def test_no_backend_takes_over_a_framework_whatever_was_asked_before(tmp_path, before):
+    plugin(tmp_path, "stranger", "    import numpy as np\n" + claiming("stranger", "numpy", "stranger_plugin"))
+    code = f"""
+    import clipcore as cc, numpy as np, stranger_plugin
+{before}
+    print(cc.backend_of(np.ones(1)).name, cc.backend_of(np.ones(1).view(stranger_plugin.Array)).name)
+    """
+    assert run(tmp_path, code) == "numpy stranger"
+
+
+@pytest.mark.parametrize("before", ["", "cc.backend_of(first_plugin.Array(1))"])
+def test_a_module_that_two_backends_claim_is_an_error_that_names_both(tmp_path, before):
+    plugin(tmp_path, "first", "    import numpy as np\n" + claiming("first", "first_plugin", "fractions"))
+    plugin(tmp_path, "second", claiming("second", "fractions").partition("    class Array")[0])
+    code = f"""
+        import clipcore as cc, first_plugin, fractions
+        {before}
+        cc.backend_of(fractions.Fraction(1))
+    """
+    assert "'fractions' are claimed by the backends 'first' and 'second': uninstall" in run(tmp_path, code)
+
+
+def test_a_backend_of_another_name_than_its_entry_point_is_refused(tmp_path):
+    plugin(tmp_path, "other", HEALTHY)
+    said = run(tmp_path, "import clipcore as cc; cc.get_backend('other')")
+    assert "backend 'other': clipcore_backend returned one whose name is 'healthy'" in said
+
+
+def test_a_backend_that_is_installed_meanwhile_is_found(tmp_path):
+    plugin(tmp_path, "healthy", HEALTHY)
+    (tmp_path / "clipcore_healthy-1.0.dist-info").rename(tmp_path / "elsewhere")
+    code = f"""
+        import clipcore as cc, healthy_plugin, pathlib
+        try:
+            cc.backend_of(healthy_plugin.Tensor())
+        except cc.BackendError:
+            pathlib.Path({str(tmp_path / "elsewhere")!r}).rename({str(tmp_path / "clipcore_healthy-1.0.dist-info")!r})
+        print(cc.backend_of(healthy_plugin.Tensor()).name)
+    """
+    assert run(tmp_path, code) == "healthy"

@@ -139,6 +139,39 @@ def test_a_skipped_step_does_not_happen_at_all(name: str, how: dict[str, Any]) -
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
+@every_way
+def test_a_skipped_step_does_not_constrain_weights_either(how: dict[str, Any]) -> None:
+    model = network()
+    for variable in model.trainable_variables:
+        variable.constraint = keras.constraints.MaxNorm(0.1)
+    cc.compile(model, "mse", O.SGD(0.1), clip=cc.ClipByGlobalNorm(1.0, nonfinite="skip"))
+    model.compile(model.optimizer, "mse", **how)
+    weights = values(model.weights)
+    fit(model, x=X[:16] * np.float32(np.nan))
+    assert values(model.weights) == weights
+    fit(model)
+    assert all(np.linalg.norm(w, axis=0).max() <= 0.1 + 1e-6 for w in model.get_weights())
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_last_part_of_a_skipped_accumulation_changes_no_average(traced: bool) -> None:
+    variable = keras.Variable(np.array([1.0, 2.0], np.float32))
+    optimizer = O.SGD(0.1, use_ema=True, ema_momentum=0.5, gradient_accumulation_steps=2)
+    optimizer.build([variable])
+    cc.attach(optimizer, cc.ClipByGlobalNorm(1.0, nonfinite="skip"))
+
+    def step(gradient: Any) -> None:
+        optimizer.apply([gradient], [variable])
+
+    apply = tf.function(step) if traced else step
+    for gradient in ([1.0, 1.0], [1.0, 1.0], [np.nan, 1.0]):
+        apply(tf.constant(gradient))
+    before = values([variable, *optimizer._model_variables_moving_average])
+    apply(tf.constant([1.0, 1.0]))
+    assert values([variable, *optimizer._model_variables_moving_average]) == before
+    assert int(optimizer.iterations) == 1
+
+
 def test_faults_propagate_by_default() -> None:
     model, _ = trained(O.SGD(0.1), epochs=1)
     fit(model, x=X[:8] * np.float32(np.nan))

@@ -33,6 +33,7 @@ class _State:
     def __init__(self, policy: Policy, reports: deque[ClipReport] | None = None) -> None:
         self.policy, self.reports = policy, reports
         self.skip: Any = None  # a bool, or inside a graph a tensor of it; None where no step can be skipped
+        self.start: Any = None  # what the optimizer's counter was before the step under way
 
 
 class Clipped:
@@ -54,11 +55,29 @@ class Clipped:
         object.__setattr__(optimizer, "_clipcore", _State(policy))
         return optimizer
 
-    def _backend_apply_gradients(self, grads: Any, trainable_variables: Any) -> None:
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        if self._clipcore.policy.nonfinite != "skip":
+            super().apply(grads, trainable_variables)  # type: ignore[misc]
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        variables = trainable_variables or self._trainable_variables  # type: ignore[attr-defined]
+        constrained = [(v, tf.identity(v.value)) for v in variables if v.constraint is not None]
+        self._clipcore.start = tf.identity(self._iterations.value)  # type: ignore[attr-defined]
         try:
-            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+            super().apply(grads, trainable_variables)  # type: ignore[misc]
+            # `apply` has counted one more; it asks nobody before it constrains variables
+            skipped = self._went_back(1)
+            for variable, before in constrained:
+                variable.assign(tf.where(skipped, before, variable.value))
         finally:
-            self._clipcore.skip = None  # in a graph it is a tensor, which must not outlive the trace
+            self._clipcore.skip = self._clipcore.start = None  # in a graph tensors, which must not outlive the trace
+
+    def _went_back(self, counted: int = 0) -> Any:
+        """Whether the step under way was skipped, told from the counter: `skip` may be of a branch that has ended."""
+        if self._clipcore.start is None:
+            return None
+        return self._iterations.value - counted < self._clipcore.start  # type: ignore[attr-defined]
 
     def _clip_gradients(self, grads: Any) -> Any:
         if _replicas() > 1:
@@ -86,15 +105,13 @@ class Clipped:
         steps = self.gradient_accumulation_steps or 1  # type: ignore[attr-defined]
         counter = self._iterations  # type: ignore[attr-defined]
         counter.assign_sub(tf.cast(skip, counter.dtype) * steps)
-        if self.gradient_accumulation_steps:  # type: ignore[attr-defined]
-            self._clipcore.skip = None  # it was computed in a branch that ends here
 
     def _update_model_variables_moving_average(self, trainable_variables: Any) -> None:
-        _unless(self._clipcore.skip, super()._update_model_variables_moving_average, trainable_variables)  # type: ignore[misc]
+        _unless(self._went_back(), super()._update_model_variables_moving_average, trainable_variables)  # type: ignore[misc]
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables: Any) -> None:
         _unless(
-            self._clipcore.skip,
+            self._went_back(),
             super()._overwrite_model_variables_with_average_value,  # type: ignore[misc]
             trainable_variables,
         )

@@ -437,6 +437,27 @@ def test_a_scheduler_and_a_state_dict_work_beside_a_policy():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # dynamo's own
+@pytest.mark.parametrize(
+    ("dtype", "gradient"),
+    [(torch.float64, 1e60), (torch.bfloat16, 3.0), (torch.float32, 3.0), (torch.complex64, 3 + 4j)],
+)
+def test_gradients_beside_float16_are_scaled_and_clipped_in_a_dtype_that_holds_them(dtype, gradient):
+    class Unscaling(torch.optim.SGD):  # as fused optimizers do, which have no kernels for complex parameters
+        def step(self):
+            pass
+
+    narrow = nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    other = nn.Parameter(torch.zeros(1, dtype=dtype))
+    optimizer = Unscaling([narrow, other], lr=1.0)
+    attachment = cc.attach(optimizer, cc.ClipByGlobalNorm(1.0))
+    narrow.grad, other.grad = torch.ones_like(narrow), torch.full_like(other, gradient * 1024)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    optimizer.step()
+    assert attachment.reports[-1].norm == pytest.approx(abs(gradient), rel=1e-6)
+    clipped = other.grad.to(torch.complex128).item() / 1024
+    assert clipped == pytest.approx(gradient / abs(gradient), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
 def test_a_step_inside_a_compiled_function_is_clipped():
     network = model()
     twin = copy.deepcopy(network)

@@ -198,8 +198,9 @@ def _clip_scaled(optimizer: Optimizer, params: list[Tensor], policy: Policy) -> 
 
 
 def _clip_and_rescale(grads: list[Tensor], factor: Tensor, policy: Policy) -> ClipReport:
-    """Clip in float32 and leave the gradients scaled: unscaled ones would underflow in float16."""
-    unscaled = [grad.float() / factor.to(grad.device) for grad in grads]
+    """Clip and leave the gradients scaled: unscaled ones, which float32 holds, would underflow in float16."""
+    wide = [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
+    unscaled = [grad / factor.to(grad.device) for grad in wide]
     clipped, report = clip(unscaled, policy, backend="torch")
     for grad, before, after in zip(grads, unscaled, clipped, strict=True):
         if after is not before:

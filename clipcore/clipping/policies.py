@@ -103,6 +103,8 @@ def _bound_groups(
     policy: _NormPolicy, groups: Sequence[Sequence[Any]], primitives: Primitives
 ) -> tuple[list[list[Any]], ClipReport]:
     """Each group of tensors held to the policy's norm by a factor of its own."""
+    if not groups:
+        return [], ClipReport(norm=0.0, scale=1.0, clipped=False, nonfinite=0)
     zero = policy.nonfinite == "zero"
     measured = [primitives.measure(group, policy.p, zero_nonfinite=zero) for group in groups]
     scales, report = primitives.decide([measure for _, measure in measured], policy.max_norm, policy.nonfinite)

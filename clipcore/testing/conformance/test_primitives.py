@@ -63,6 +63,11 @@ def test_primitives_take_the_largest_bounds_that_there_are(backend: Backend, dty
         check(backend, Case(inputs, inputs, cc.ClipByValue(-1.0, bound)))
 
 
+@pytest.mark.parametrize("policy", [cc.ClipByGlobalNorm(1.0), cc.ClipByNorm(1.0), cc.ClipByValue(1.0)], ids=repr)
+def test_primitives_take_nothing_to_clip(backend: Backend, policy: cc.Policy) -> None:
+    check(backend, Case([], [], policy))
+
+
 @pytest.mark.parametrize("mode", QUIET)
 @given(data=st.data())
 def test_primitives_treat_faults_as_the_policy_says(backend: Backend, mode: Any, data: st.DataObject) -> None:

@@ -127,6 +127,7 @@ class ModelBackend(Backend, Protocol):
     """Tier 2, models: describe a model's layers, read and write their tensors."""
 
     channels: Literal["first", "last"]  # where the framework's convolutions have the channel axis by default
+    weight_files: tuple[str, ...]  # endings of the files that `save_weights` writes and `load_model` reads
 
     def is_model(self, obj: Any) -> bool:
         """Whether `obj` is a model of this framework."""

@@ -12,7 +12,7 @@ import typer
 import clipcore as cc
 from clipcore.cli import demo as demo_module
 from clipcore.cli import views
-from clipcore.cli.inputs import check_output, load_model, parse_limit, parse_sample
+from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_sample
 from clipcore.cli.output import NOT_VERIFIED, Session, hushed, session
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ Sample = Annotated[
         help="One input as the source takes it: x.npy, x.npz (several by name), or a shape such as 1,3,224,224.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the random sample, where a shape is given.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random sample, where a shape is given.")]
 PlanFile = Annotated[str | None, typer.Option("--plan", metavar="FILE", help="A plan that clipcore plan wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -138,6 +138,7 @@ def migrate(
         rule = parse_limit(limit) if limit else None
         x = parse_sample(_needed(sample), seed) if verify or not plan_file else None
         given = {"plan": cc.Plan.load(plan_file)} if plan_file else {"sample": x}
+        check_weight_file(output, target)
         source_model = _load(running, source, source_weights)
         target_model = _load(running, target, target_weights)
         with running.step("migrating"):

@@ -82,19 +82,13 @@ def load_model(name: str, weights: str | None = None) -> Any:
         return backend.load_model((lambda: factory) if backend.is_model(factory) else factory, weights)
     except cc.ClipcoreError:
         raise
-    except Exception as err:
+    except (Exception, SystemExit) as err:  # a script that exits says nothing about whether the models agree
         raise cc.InvalidInput(f"model {name!r} cannot be made: {type(err).__name__}: {err}") from err
 
 
 def _find(name: str) -> tuple[Any, Any]:
     """The backend and the factory that a model's name names."""
-    if len(parts := name.split(":")) != 3 or not all(parts):
-        raise cc.InvalidInput(f"model {name!r} is not of the form backend:module:factory, say torch:nets.small:build")
-    backend_name, module_name, attribute = parts
-    with hushed():
-        backend: Any = cc.get_backend(backend_name)
-    if not hasattr(backend, "load_model"):
-        raise cc.InvalidInput(f"model {name!r}: backend {backend_name!r} has no models, it clips arrays alone")
+    backend, module_name, attribute = _parts(name)
     module = _import(name, module_name)
     try:
         return backend, reduce(getattr, attribute.split("."), module)
@@ -104,12 +98,24 @@ def _find(name: str) -> tuple[Any, Any]:
         ) from err
 
 
+def _parts(name: str) -> tuple[Any, str, str]:
+    """The backend of a model, its module and the factory's name."""
+    if len(parts := name.split(":")) != 3 or not all(parts):
+        raise cc.InvalidInput(f"model {name!r} is not of the form backend:module:factory, say torch:nets.small:build")
+    backend_name, module_name, attribute = parts
+    with hushed():
+        backend: Any = cc.get_backend(backend_name)
+    if not hasattr(backend, "load_model"):
+        raise cc.InvalidInput(f"model {name!r}: backend {backend_name!r} has no models, it clips arrays alone")
+    return backend, module_name, attribute
+
+
 def _import(name: str, module_name: str) -> Any:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(module_name)
-    except Exception as err:
+    except (Exception, SystemExit) as err:
         raise cc.InvalidInput(
             f"model {name!r}: module {module_name!r} cannot be imported from {here}: {type(err).__name__}: {err}"
         ) from err
@@ -119,7 +125,25 @@ def check_output(path: str) -> None:
     """Refuse a file that could not be written, before any work is done for it.
 
     Raises:
-        InvalidInput: its folder does not exist.
+        InvalidInput: its folder does not exist, or it is a folder itself.
     """
+    if os.path.isdir(path):
+        raise cc.InvalidInput(f"output {path!r} is a folder; name a file in it")
     if not (folder := Path(path).resolve().parent).is_dir():
         raise cc.InvalidInput(f"output {path!r}: the folder {str(folder)!r} does not exist; make it first")
+
+
+def check_weight_file(path: str, name: str) -> None:
+    """Refuse a file whose name says no format in which the model's framework keeps weights.
+
+    Args:
+        path: where the weights shall go.
+        name: the model, as backend:module:factory; nothing but the backend is imported.
+    Raises:
+        BackendError: no such backend. InvalidInput: the file's name has another ending.
+    """
+    backend, _, _ = _parts(name)
+    if not path.endswith(backend.weight_files):
+        raise cc.InvalidInput(
+            f"output {path!r}: backend {backend.name!r} writes weights to files named {', '.join(backend.weight_files)}"
+        )

@@ -35,6 +35,8 @@ def poisoned():
 def stranger(): return nn.Sequential(nn.Embedding(7, 3))
 
 def fail(): raise KeyError("width")
+
+def leave(): raise SystemExit(3)
 """
 
 KERAS_NETS = """
@@ -194,7 +196,12 @@ def test_migrate_under_a_limit_says_how_many_tensors_it_clipped(run):
         (["verify", B, A, *SAMPLE, "--source-weights", "text.pt"], "text.pt"),
         (["verify", B, A, *SAMPLE, "--target-weights", "text.weights.h5"], "text.weights.h5"),
         (["verify", B, A, *SAMPLE, "--plan", "text.pt"], "text.pt"),
-        (["migrate", B, A, *SAMPLE, "--output", "w.xyz"], "w.xyz"),
+        (["migrate", "torch:no_such_module:build", A, *SAMPLE, "--output", "w.xyz"], "output 'w.xyz': backend"),
+        (["migrate", "torch:no_such_module:build", A, *SAMPLE, "--output", "a.pt"], "named .weights.h5, .keras"),
+        (["migrate", "torch:no_such_module:build", B, *SAMPLE, "--output", "a.keras"], "named .pt, .pth, .bin"),
+        (["migrate", B, A, *SAMPLE, "--output", "there.keras"], "'there.keras' is a folder"),
+        (["plan", B, A, *SAMPLE, "--output", "there.keras"], "'there.keras' is a folder"),
+        (["plan", "torch:cli_nets_torch:leave", A, *SAMPLE], "cannot be made: SystemExit: 3"),
         (["migrate", B, A, *SAMPLE, "--output", "no/folder/w.h5"], "does not exist"),
         (["migrate", B, A, *SAMPLE, "--output", "w.weights.h5", "--limit", "cube:1"], "cube:1"),
         (["migrate", B, A, *SAMPLE, "--output", "w.weights.h5", "--limit", "norm:-1"], "-1"),
@@ -204,6 +211,7 @@ def test_migrate_under_a_limit_says_how_many_tensors_it_clipped(run):
 def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(run, tmp_path, arguments, message):
     for name in ("text.pt", "text.weights.h5"):
         (tmp_path / name).write_text("no weights")
+    (tmp_path / "there.keras").mkdir()
     answer = run(*arguments)
 
     said = [line for line in answer.stderr.splitlines() if not line.startswith("building")]
@@ -213,4 +221,4 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(run, tmp_p
     assert said[0].startswith("clipcore: ")
     assert "unexpected" not in said[0]
     assert message in said[0]
-    assert sorted(os.listdir()) == ["text.pt", "text.weights.h5"]
+    assert sorted(os.listdir()) == ["text.pt", "text.weights.h5", "there.keras"]

@@ -60,6 +60,15 @@ def test_bad_usage_exits_with_2(command):
     assert run(*command).exit_code == BAD_INPUT
 
 
+@pytest.mark.parametrize("command", [["plan"], ["migrate", "--output", "w.pt"], ["verify"]])
+def test_a_negative_seed_is_bad_usage_and_named(command):
+    answer = run(*command, "nowhere:a:b", "nowhere:c:d", "--sample", "1,2", "--seed", "-1")
+
+    assert answer.exit_code == BAD_INPUT
+    assert "--seed" in answer.stderr
+    assert "unexpected" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import clipcore as cc
-from clipcore.cli.inputs import check_output, load_model, parse_limit, parse_sample
+from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_sample
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ class ToyBackend:
     """A backend whose models are namespaces."""
 
     name = "toy"
+    weight_files = (".toy", ".toy.gz")
 
     def is_model(self, obj):
         return isinstance(obj, types.SimpleNamespace)
@@ -101,10 +102,12 @@ def toy(tmp_path, monkeypatch):
         "from types import SimpleNamespace\n"
         "def build(): return SimpleNamespace(name='made')\n"
         "def fail(): raise KeyError('width')\n"
+        "def leave(): raise SystemExit(3)\n"
         "ready = SimpleNamespace(name='ready')\n"
         "class Group: build = staticmethod(build)\n"
     )
     (tmp_path / "toy_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "toy_script.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(cc, "get_backend", lambda name: ToyBackend())
@@ -132,6 +135,8 @@ def test_weights_are_passed_to_the_backend(toy):
         ("toy:toy_broken:build", None, "No module named 'no_such_package'"),
         ("toy:toy_nets:missing", None, "has no 'missing'"),
         ("toy:toy_nets:fail", None, "cannot be made: KeyError: 'width'"),
+        ("toy:toy_nets:leave", None, "cannot be made: SystemExit: 3"),
+        ("toy:toy_script:build", None, "'toy_script' cannot be imported from .*: SystemExit: 0"),
         ("toy:toy_nets:build", "none.pt", "'none.pt' does not exist"),
     ],
 )
@@ -151,3 +156,18 @@ def test_an_output_in_a_folder_that_does_not_exist_is_refused(tmp_path):
     check_output(str(tmp_path / "plan.json"))
     with pytest.raises(cc.InvalidInput, match="does not exist; make it first"):
         check_output(str(tmp_path / "none" / "plan.json"))
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    with pytest.raises(cc.InvalidInput, match="is a folder; name a file in it"):
+        check_output(str(tmp_path))
+
+
+def test_an_output_must_be_named_like_a_file_that_the_backend_writes(toy):
+    for name in ("a.toy", "some/where/a.toy.gz"):
+        check_weight_file(name, "toy:no_such_module:build")
+    for name in ("a.pt", "a.gz", "toy", ""):
+        with pytest.raises(cc.InvalidInput, match=r"backend 'toy' writes weights to files named \.toy, \.toy\.gz"):
+            check_weight_file(name, "toy:no_such_module:build")
+    with pytest.raises(cc.InvalidInput, match="not of the form backend:module:factory"):
+        check_weight_file("a.toy", "toy")

@@ -15,7 +15,7 @@ from clipcore.errors import InvalidInput
 from clipcore_tensorflow._layers import check_keras, describe
 from clipcore_tensorflow._tensors import Array, dtype_name, is_variable, tf_variable, to_array
 
-_FILES = (".weights.h5", ".keras")
+WEIGHT_FILES = (".weights.h5", ".keras")
 
 
 class Running:
@@ -148,8 +148,8 @@ def load_model(factory: Any, path: str | None) -> Any:
         raise InvalidInput(
             f"{type(model).__name__} is no keras.Model, and weight files are Keras's; restore it yourself"
         )
-    if not str(path).endswith(_FILES):
-        raise InvalidInput(f"weight file {str(path)!r} has another format; expected one of {', '.join(_FILES)}")
+    if not str(path).endswith(WEIGHT_FILES):
+        raise InvalidInput(f"weight file {str(path)!r} has another format; expected one of {', '.join(WEIGHT_FILES)}")
     if not os.path.exists(path):
         raise InvalidInput(f"weight file {str(path)!r} does not exist")
     try:
@@ -168,7 +168,7 @@ def save_weights(model: Any, path: str) -> None:
     elif path.endswith(".weights.h5"):
         model.save_weights(path)
     else:
-        raise InvalidInput(f"output {path!r} has another format; expected one of {', '.join(_FILES)}")
+        raise InvalidInput(f"output {path!r} has another format; expected one of {', '.join(WEIGHT_FILES)}")
 
 
 def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:

@@ -28,6 +28,7 @@ class TensorFlowBackend:
     """All tiers of `clipcore.backend` for tf.Tensor, tf.IndexedSlices, variables, Keras 3 models and tf.Module."""
 
     name = "tensorflow"
+    weight_files = _models.WEIGHT_FILES
 
     def __init__(self) -> None:
         self._running = _models.Running()

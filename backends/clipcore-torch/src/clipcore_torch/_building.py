@@ -15,6 +15,7 @@ from clipcore.errors import InvalidInput, MappingError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PICKLED = (".pt", ".pth", ".bin")  # names of torch's own format
+WEIGHT_FILES = (*_PICKLED, ".safetensors")
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -133,7 +134,7 @@ def save_weights(model: nn.Module, path: str) -> None:
     elif suffix in _PICKLED:
         torch.save(model.state_dict(), path)
     else:
-        raise InvalidInput(f"output {path!r}: expected a file named {', '.join(_PICKLED)} or .safetensors")
+        raise InvalidInput(f"output {path!r}: expected a file named {', '.join(WEIGHT_FILES)}")
 
 
 def _safetensors() -> Any:
@@ -162,7 +163,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix not in _PICKLED:
-        raise InvalidInput(f"weights {str(path)!r}: expected a file named {', '.join(_PICKLED)} or .safetensors")
+        raise InvalidInput(f"weights {str(path)!r}: expected a file named {', '.join(WEIGHT_FILES)}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as err:

@@ -23,6 +23,7 @@ class TorchBackend:
 
     name = "torch"
     channels: Literal["first", "last"] = "first"
+    weight_files = _building.WEIGHT_FILES
 
     def is_tensor(self, obj: Any) -> bool:
         return isinstance(obj, Tensor)

@@ -237,4 +237,7 @@ def _fitting(arrays: Sequence[Array], declared: tuple[int | None, ...]) -> list[
 def none_taken(forms: Sequence[Any], refusal: ClipcoreError) -> InvalidInput:
     """The error for a sample that the target takes in none of the forms that were worked out for it."""
     tried = " or ".join(map(describe, forms))
-    return InvalidInput(f"{refusal}; tried as {tried}: give target_sample=, the same input as the target takes it")
+    error: InvalidInput = InvalidInput(
+        f"{refusal}; tried as {tried}: give target_sample=, the same input as the target takes it"
+    )
+    return error

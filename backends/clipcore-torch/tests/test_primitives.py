@@ -247,7 +247,8 @@ def test_long_sums_are_exact_to_the_contract():
 
 
 def test_without_float64_the_same_policies_hold_in_float32(backend, monkeypatch):
-    monkeypatch.setattr("clipcore_torch._primitives._DEVICES_WITHOUT_FLOAT64", ("cpu",))
+    for module in ("_primitives", "_tensors"):
+        monkeypatch.setattr(f"clipcore_torch.{module}.DEVICES_WITHOUT_FLOAT64", ("cpu",))
     for values, limit in (([1e20] * 3, 1.0), ([3e-30, 4e-30], 1e-30), ([3e-22, 4e-22], 1e-22), ([3.0, 4.0], 5.0)):
         grads = [torch.tensor(values), torch.tensor([1.0, 0.0], dtype=torch.float16) * 0]
         for policy in (cc.ClipByGlobalNorm(limit), cc.ClipByGlobalNorm(limit, p=3.0)):

@@ -10,17 +10,14 @@ from typing import Any
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf) for every leaf of nested lists, tuples and dicts; `None` is no leaf."""
-    return ((place, leaf) for place, leaf in places(tree, path) if leaf is not None)
-
-
-def places(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, leaf) for every place of a leaf in nested lists, tuples and dicts, those that hold `None` too."""
+    if tree is None:
+        return
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from places(value, f"{path}[{key!r}]")
+            yield from leaves(value, f"{path}[{key!r}]")
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from places(value, f"{path}[{index}]")
+            yield from leaves(value, f"{path}[{index}]")
     else:
         yield path, tree
 

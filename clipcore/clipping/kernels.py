@@ -27,51 +27,46 @@ MULTIPLY_DTYPE: dict[str, type[np.floating[Any]]] = {
 _CHUNK = 1 << 15  # elements; their float64 copies stay in the L2 cache
 # NumPy sums a chunk pairwise (at most 28 roundings in a row), fsum adds one, squares and roots a few more; a power
 # function is off by up to 4 ulp. 128 units of 2**-53 hold all of it.
-RELATIVE_ERROR = 2.0**-46
-_POWER_STEPS = 30
+_RELATIVE_ERROR = 2.0**-46
 _ALIGNMENT = 64  # bytes; TensorFlow takes an array's memory as its own only where it is aligned so
 
 
 class Wide(NamedTuple):
-    """mantissa * 2**exponent, the mantissa 0 or in [0.5, 1): non-negative float64 numbers with unbounded exponents.
+    """mantissa * 2**exponent, the mantissa 0 or in [0.5, 1): a non-negative float64 with an unbounded exponent."""
 
-    Both are arrays of one shape, or numbers. A mantissa may be inf or NaN, and stands for it.
-    """
-
-    mantissa: Any
-    exponent: Any
+    mantissa: float
+    exponent: int
 
     @classmethod
-    def of(cls, values: Any, exponents: Any = 0) -> Wide:
-        """The numbers values * 2**exponents."""
-        mantissa, shift = np.frexp(values)
-        return cls(mantissa, np.where(mantissa == 0, _EXPONENT_OF_ZERO, np.asarray(shift, np.int64) + exponents))
-
-    def to_float(self) -> Any:
-        """As float64; inf beyond its range, 0 or subnormal below it."""
-        with np.errstate(all="ignore"):
-            # ldexp takes C's int
-            return np.ldexp(self.mantissa, np.clip(self.exponent, -5000, 5000).astype(np.int32))
+    def of(cls, value: float, exponent: int = 0) -> Wide:
+        mantissa, shift = math.frexp(value)
+        return cls(mantissa, shift + exponent if mantissa else 0)
 
     def __float__(self) -> float:
-        return float(self.to_float())
+        try:
+            return math.ldexp(self.mantissa, self.exponent)
+        except OverflowError:
+            return math.inf
 
-    def __getitem__(self, index: Any) -> Wide:
-        return Wide(self.mantissa[index], self.exponent[index])
+    def exceeds(self, other: float) -> bool:
+        if other == math.inf or self.mantissa == 0:
+            return False
+        bound = Wide.of(other)
+        return bound.mantissa == 0 or (self.exponent, self.mantissa) > (bound.exponent, bound.mantissa)
 
-    def exceeds(self, other: Wide) -> Any:
-        """Where this is the larger number; NaN and infinities are not."""
-        larger = np.where(
-            self.exponent == other.exponent, self.mantissa > other.mantissa, self.exponent > other.exponent
+
+class Interval(NamedTuple):
+    """A computed value and the bounds between which the true one lies."""
+
+    low: Wide
+    value: Wide
+    high: Wide
+
+    @classmethod
+    def around(cls, value: float, exponent: int = 0, error: float = _RELATIVE_ERROR) -> Interval:
+        return cls(
+            Wide.of(value * (1 - error), exponent), Wide.of(value, exponent), Wide.of(value * (1 + error), exponent)
         )
-        return larger & np.isfinite(other.mantissa) & np.isfinite(self.mantissa)
-
-    def times(self, factor: float) -> Wide:
-        """Each number times a factor close to 1, rounded once."""
-        return Wide.of(self.mantissa * factor, self.exponent)
-
-
-_EXPONENT_OF_ZERO = -(1 << 40)  # below that of any other number
 
 
 def reals(array: Array) -> list[Array]:
@@ -115,48 +110,42 @@ def extent(array: Array) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
-def norms(arrays: Sequence[Array], p: float) -> Wide:
-    """The p-norm of each array, NaN where an element is inf or NaN: one pass over memory, two for float64 and for p
-    other than 2. The relative error is at most `RELATIVE_ERROR`, also after `join`.
+def norm_bounds(arrays: Sequence[Array], p: float) -> Interval | None:
+    """Bounds of the joint p-norm, from one pass over memory (two for float64 and for p other than 1 and 2).
+
+    None where an element is inf or NaN.
     """
+    narrow = all(MULTIPLY_DTYPE[array.dtype.name] is np.float32 for array in arrays)
     with np.errstate(all="ignore"):
-        if p == 2 and all(is_narrow(array) for array in arrays):
-            sums = [_sum(reals(array), 0, np.square) for array in arrays]
+        parts = [part for array in arrays for part in reals(array)]
+        if p == 2 and narrow:
+            total = _sum(parts, 0, np.square)
             # Sums of squares of float32 cannot overflow in float64: a non-finite sum means a non-finite element.
-            return _finite_or_nan(Wide.of(np.sqrt(np.array(sums, np.float64))))
-        each = [_norm(array, p) for array in arrays]
-        return Wide(np.array([n.mantissa for n in each], np.float64), np.array([n.exponent for n in each], np.int64))
-
-
-def is_narrow(array: Array) -> bool:
-    """Whether squares of the array's elements fit float64: float32 and narrower."""
-    return MULTIPLY_DTYPE[array.dtype.name] is np.float32
-
-
-def _finite_or_nan(wide: Wide) -> Wide:
-    return Wide(np.where(np.isfinite(wide.mantissa), wide.mantissa, math.nan), wide.exponent)
-
-
-def _norm(array: Array, p: float) -> Wide:
-    peak = _peak(reals(array))
-    if peak == 0 or not math.isfinite(peak):
-        return Wide.of(peak if peak == 0 else math.nan)
-    exponent = math.frexp(peak)[1]
-    if p == 2:
-        return Wide.of(math.sqrt(_sum(reals(array), exponent, np.square)), exponent)
-    magnitudes = _magnitudes(array, exponent)
-    largest = float(magnitudes.max())
-    if p == math.inf:
-        return Wide.of(largest, exponent)
-    # Divided by the largest itself, since a power of two would leave (1/2)**p to underflow.
-    total = math.fsum(float(np.power(x / largest, p).sum()) for x in chunks(magnitudes))
-    return Wide.of(total ** (1 / p) * largest, exponent)
+            return Interval.around(math.sqrt(total)) if math.isfinite(total) else None
+        peak = _peak(parts)
+        if not math.isfinite(peak):
+            return None
+        if peak == 0:
+            return Interval.around(0.0)
+        exponent = math.frexp(peak)[1]
+        if p == 2:
+            return Interval.around(math.sqrt(_sum(parts, exponent, np.square)), exponent)
+        return _power_bounds([_magnitudes(array, exponent) for array in arrays], p, exponent)
 
 
 def _magnitudes(array: Array, exponent: int) -> Array:
     """|x| * 2**-exponent of real or complex elements, in float64."""
     parts = [np.ldexp(part.astype(np.float64), -exponent) for part in reals(array)]
     return np.abs(parts[0]) if len(parts) == 1 else np.hypot(*parts)
+
+
+def _power_bounds(magnitudes: Sequence[Array], p: float, exponent: int) -> Interval:
+    peak = max(float(m.max()) for m in magnitudes if m.size)
+    if p == math.inf:
+        return Interval.around(peak, exponent)
+    # Divided by the peak itself, since a power of two would leave (1/2)**p to underflow.
+    total = math.fsum(float(np.power(x / peak, p).sum()) for m in magnitudes for x in chunks(m))
+    return Interval.around(total ** (1 / p) * peak, exponent)
 
 
 def _peak(parts: Sequence[Array]) -> float:
@@ -175,71 +164,6 @@ def _sum(parts: Sequence[Array], exponent: int, power: Callable[..., Array]) -> 
             power(np.ldexp(x, -exponent, out=y) if exponent else x, out=y)
             partial.append(float(y.sum()))
     return math.fsum(partial) if all(map(math.isfinite, partial)) else math.nan
-
-
-def unit_norms(array: Array, axes: Sequence[int]) -> Wide:
-    """The L2 norm of each unit of an array, in the order of `axes`, which run over the units; NaN as in `norms`."""
-    units = units_first(array, axes)
-    count = units.shape[0]
-    mantissa, exponent = np.zeros(count), np.full(count, _EXPONENT_OF_ZERO, np.int64)
-    with np.errstate(all="ignore"):
-        # a slice of units at a time is widened, so that no second array of float64 is made
-        step = max(_CHUNK // max(units.size // max(count, 1), 1), 1)
-        for start in range(0, count, step) if units.size else ():
-            x = np.concatenate([part.astype(np.float64) for part in reals(units[start : start + step])], axis=1)
-            shift = np.zeros(len(x), np.int64) if is_narrow(array) else np.frexp(np.abs(x).max(1))[1].astype(np.int64)
-            root = np.sqrt(np.square(np.ldexp(x, -shift[:, None])).sum(1))
-            mantissa[start : start + step], exponent[start : start + step] = Wide.of(root, shift)
-    return _finite_or_nan(Wide(mantissa, exponent))
-
-
-def concatenated(parts: Sequence[Wide]) -> Wide:
-    """Vectors of numbers, one after the other."""
-    mantissas = [np.zeros(0), *(part.mantissa for part in parts)]
-    exponents = [np.zeros(0, np.int64), *(part.exponent for part in parts)]
-    return Wide(np.concatenate(mantissas), np.concatenate(exponents))
-
-
-def spectral_norm(array: Array, axes: Sequence[int], method: str) -> Wide:
-    """The largest singular value of an array as a matrix of units, a vector of one; NaN as in `norms`."""
-    matrix = units_first(array, axes)
-    peak = _peak(reals(matrix))
-    if peak == 0 or not math.isfinite(peak):
-        return Wide.of(np.array([peak if peak == 0 else math.nan]))
-    exponent = math.frexp(peak)[1]
-    wide = matrix.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
-    for half in (exponent // 2, exponent - exponent // 2):  # 2**-exponent itself may leave the range
-        wide *= 2.0**-half
-    if method == "svd":
-        return Wide.of(np.linalg.svd(wide, compute_uv=False)[:1], exponent)
-    vector = np.random.default_rng(0).standard_normal(wide.shape[1])
-    for _ in range(_POWER_STEPS):
-        image = wide @ vector
-        vector = wide.conj().T @ image
-        vector /= np.linalg.norm(vector) or 1.0
-    return Wide.of(np.array([np.linalg.norm(wide @ vector)]), exponent)
-
-
-def units_first(array: Array, axes: Sequence[int]) -> Array:
-    """The array as (units, rest), a view where its strides allow one."""
-    axes = [axis % array.ndim for axis in axes]
-    rest = [axis for axis in range(array.ndim) if axis not in axes]
-    count = math.prod(array.shape[axis] for axis in axes)
-    return array.transpose([*axes, *rest]).reshape(count, math.prod(array.shape[axis] for axis in rest))
-
-
-def join(each: Wide, p: float) -> Wide:
-    """The joint p-norm of numbers along their first axis."""
-    top = each.exponent.max(0, initial=_EXPONENT_OF_ZERO)
-    relative = Wide(each.mantissa, each.exponent - top).to_float()
-    largest = relative.max(0, initial=0.0)
-    if p == math.inf:
-        return Wide.of(largest, top)
-    # relative to the largest itself, since (1/2)**p may underflow
-    unit = np.where(largest > 0, largest, 1.0)
-    # the axis that is summed lies last, where NumPy adds up pairwise
-    sums = np.ascontiguousarray(np.moveaxis(np.power(relative / unit, p), 0, -1)).sum(-1)
-    return Wide.of((np.sqrt(sums) if p == 2 else sums ** (1 / p)) * unit, top)
 
 
 def exact_norm(arrays: Sequence[Array], p: float) -> Wide:
@@ -317,35 +241,20 @@ def _decimal_norm(arrays: Sequence[Array], p: float) -> Wide:
     return _round(whole << 1 | bool(rest), -shift - 1)
 
 
-def choose(condition: Any, yes: Wide, no: Wide) -> Wide:
-    """`yes` where the condition holds, else `no`."""
-    return Wide(*(np.where(condition, *parts) for parts in zip(yes, no, strict=True)))
+def quotient(max_norm: float, norm: Wide) -> Wide:
+    """max_norm / norm, rounded once to 53 bits."""
+    bound = Wide.of(max_norm)
+    return Wide.of(bound.mantissa / norm.mantissa, bound.exponent - norm.exponent)
 
 
-def quotient(limit: Wide, norm: Wide) -> Wide:
-    """The ratio limit / norm, rounded once to 53 bits."""
-    with np.errstate(all="ignore"):
-        return Wide.of(limit.mantissa / norm.mantissa, limit.exponent - norm.exponent)
-
-
-def multiplier(factor: Wide, dtype: type[np.floating[Any]]) -> np.floating[Any] | Wide:
-    """One factor as it is multiplied: in float32 for float32 and narrower unless it would be subnormal there."""
-    wide = float(factor)
+def multiplier(scale: Wide, dtype: type[np.floating[Any]]) -> np.floating[Any] | Wide:
+    """The factor as it is multiplied: in float32 for float32 and narrower unless it would be subnormal there."""
     if dtype is np.float32:
-        rounded = np.float32(wide)
+        rounded = np.float32(float(scale))
         if rounded >= np.finfo(np.float32).tiny:
             return rounded
-    return np.float64(wide) if wide >= np.finfo(np.float64).tiny else factor
-
-
-def same_multiplier(first: Wide, second: Wide, dtype: type[np.floating[Any]]) -> Any:
-    """Where two factors are one and the same as they are multiplied."""
-    same = (first.mantissa == second.mantissa) & (first.exponent == second.exponent)
-    if dtype is np.float64:
-        return same
-    with np.errstate(all="ignore"):
-        narrow, other = (factor.to_float().astype(np.float32) for factor in (first, second))
-    return same | ((narrow == other) & (narrow >= np.finfo(np.float32).tiny))
+    wide = float(scale)
+    return np.float64(wide) if wide >= np.finfo(np.float64).tiny else scale
 
 
 def empty_like(array: Array) -> Array:
@@ -358,51 +267,18 @@ def empty_like(array: Array) -> Array:
     return permuted.transpose(np.argsort(order)) if array.ndim else permuted
 
 
-def scale_into(array: Array, factor: Wide, out: Array) -> None:
-    """Write array * factor into `out`: one multiply in the multiply's dtype, one rounding to the array's dtype."""
+def scale_into(array: Array, scale: Wide, out: Array) -> None:
+    """Write array * scale into `out`: one multiply in the multiply's dtype, one rounding to the array's dtype."""
     with np.errstate(all="ignore"):
         for source, target in zip(reals(array), reals(out), strict=True):
-            _scale_real(source, multiplier(factor, MULTIPLY_DTYPE[array.dtype.name]), target)
-
-
-def scale_units_into(array: Array, factors: Wide, axes: Sequence[int], out: Array) -> None:
-    """`scale_into` with one factor per unit of the array, in the order of `axes`."""
-    dtype = MULTIPLY_DTYPE[array.dtype.name]
-    with np.errstate(all="ignore"):
-        plain = factors.to_float().astype(dtype)
-        if (plain >= np.finfo(dtype).tiny).all():
-            spread = np.ones(array.ndim, int)
-            spread[list(axes)] = [array.shape[axis] for axis in axes]
-            for source, target in zip(reals(array), reals(out), strict=True):
-                target[...] = source * plain.reshape(spread)
-            return
-    for index, unit in enumerate(_unit_indices(array, axes)):
-        fill_or_scale(array[unit], factors[index], out[unit])
-
-
-def _unit_indices(array: Array, axes: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """One index per unit, in the order of `axes`; it gives a view even where a unit is a single element."""
-    for place in np.ndindex(*(array.shape[axis] for axis in axes)):
-        index: list[Any] = [slice(None)] * array.ndim
-        for axis, at in zip(axes, place, strict=True):
-            index[axis] = slice(at, at + 1)
-        yield tuple(index)
-
-
-def fill_or_scale(array: Array, factor: Wide, out: Array) -> None:
-    """`scale_into`, but a factor of 0 gives zeros and NaN NaN, whatever the array holds."""
-    value = float(factor.mantissa)
-    if value == 0 or math.isnan(value):
-        out[...] = value * (1 + 1j) if array.dtype.kind == "c" else value
-    else:
-        scale_into(array, factor, out)
+            _scale_real(source, multiplier(scale, MULTIPLY_DTYPE[array.dtype.name]), target)
 
 
 def _scale_real(array: Array, factor: np.floating[Any] | Wide, out: Array) -> None:
     if isinstance(factor, Wide):
         # the factor itself would be subnormal in float64: its power of two follows the multiply
-        np.multiply(array, float(factor.mantissa), out=out)
-        np.ldexp(out, max(int(factor.exponent), -5000), out=out)
+        np.multiply(array, factor.mantissa, out=out)
+        np.ldexp(out, factor.exponent, out=out)
     elif array.dtype == factor.dtype:
         np.multiply(array, factor, out=out)
     else:
@@ -438,30 +314,3 @@ def bound_in(value: float, dtype: np.dtype[Any]) -> Array:
         largest = np.array(bits, f"u{dtype.itemsize}").view(dtype.newbyteorder("=")).astype(dtype)
         return np.negative(largest) if value < 0 else largest
     return rounded
-
-
-def epsilon(dtype: str) -> float:
-    """One unit in the last place of 1."""
-    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "complex64": 2.0**-23}.get(dtype, 2.0**-52)
-
-
-def total(array: Array) -> Array:
-    """The sum over the first axis, in float64, rounded once."""
-    wide = np.complex128 if array.dtype.kind == "c" else np.float64
-    with np.errstate(all="ignore"):
-        summed = np.asarray(array.astype(wide).sum(0))
-        return summed.astype(array.dtype) if array.dtype.kind == "c" else np.asarray(round_once(summed, array.dtype))
-
-
-def despike(array: Array, moment: Array, out: Array, threshold: float, decay: float) -> int:
-    """Write an array without its spikes into `out`, advance its second moment in place, and count the spikes."""
-    with np.errstate(all="ignore"):
-        wide, before = array.astype(np.float64), moment.astype(np.float64)
-        over = np.square(wide) > threshold * before
-        if out is not array:
-            np.copyto(out, array)
-        if over.any():
-            np.copyto(out, round_once(np.copysign(np.sqrt(threshold * before), wide), array.dtype), where=over)
-            wide = out.astype(np.float64)
-        moment[...] = decay * before + (1 - decay) * np.square(wide)
-        return int(np.count_nonzero(over))

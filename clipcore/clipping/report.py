@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 
@@ -22,7 +21,6 @@ class ClipReport(NamedTuple):
         nonfinite: number of elements that were inf or NaN (for ClipByValue: NaN).
         norms: one norm per group of the policy, in order (ClipByNorm: per tensor).
         scales: one factor per group of the policy, in order.
-        limit: the smallest limit on a norm that was in force; inf for a policy that has none.
     """
 
     norm: Any
@@ -31,4 +29,3 @@ class ClipReport(NamedTuple):
     nonfinite: Any
     norms: Any = ()
     scales: Any = ()
-    limit: Any = math.inf

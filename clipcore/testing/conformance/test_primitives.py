@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import clipcore as cc
 from clipcore.backend import Backend
-from clipcore.clipping.given import Given
 from clipcore.testing import checks
 from clipcore.testing.conformance.test_nonfinite import QUIET, faults, faulty
 from clipcore.testing.strategies import DTYPES, REAL_DTYPES, Case, arrays, lists_of, norm_cases, value_cases
@@ -24,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def bound(backend: Backend, case: Case) -> tuple[list[Array], cc.ClipReport]:
-    bounded, _, report = case.policy.bound(Given(as_tensors(backend, case.tensors), backend.primitives()), {})
+    bounded, report = case.policy.bound(as_tensors(backend, case.tensors), backend.primitives())
     return as_arrays(backend, bounded), report
 
 
@@ -84,7 +83,7 @@ def test_primitives_raise_where_the_policy_says_so(backend: Backend, case: Case)
 @given(case=norm_cases())
 def test_primitives_do_not_modify_the_input(backend: Backend, case: Case) -> None:
     tensors = as_tensors(backend, case.tensors)
-    case.policy.bound(Given(tensors, backend.primitives()), {})
+    case.policy.bound(tensors, backend.primitives())
     checks.assert_same_bits(as_arrays(backend, tensors), case.tensors)
 
 

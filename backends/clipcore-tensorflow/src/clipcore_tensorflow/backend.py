@@ -18,7 +18,7 @@ from clipcore_tensorflow._tensors import Array
 
 # AutoGraph would translate clipcore itself where a tf.function calls it: slowly, and with errors of another class. This
 # mark, which tf.autograph.experimental.do_not_convert sets as well, makes it call these functions as they are.
-for _verb in (api.clip, api.clip_, api.limit_, Policy.init, Policy.update):
+for _verb in (api.clip, api.clip_, api.limit_):
     vars(_verb).setdefault("autograph_info__", {})
 
 _training.register_builtin_optimizers()
@@ -50,17 +50,8 @@ class TensorFlowBackend:
     def to_host(self, tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | None:
         return _tensors.to_host(tensors, writable=writable)
 
-    def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> None:
-        """None: where a tensor lies is known from the array that `to_host` gives, and from nothing quicker."""
-
     def from_host(self, array: Array, like: Any) -> Any:
         return _tensors.from_host(array, like)
-
-    def to_numpy(self, tensor: Any) -> Array:
-        return _tensors.to_array(tensor)
-
-    def to_dense(self, tensor: Any) -> Any:
-        return _tensors.to_dense(tensor)
 
     def primitives(self) -> Primitives:
         return TensorFlowPrimitives()
@@ -69,7 +60,7 @@ class TensorFlowBackend:
         _tensors.check_assignable(tensor)
         _tensors.tf_variable(tensor).assign(value)
 
-    def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
+    def gradients(self, model_or_params: Any) -> list[Any]:
         raise InvalidInput("TensorFlow keeps no gradients beside variables; use cc.clip(grads, policy)")
 
     def weights(self, model_or_params: Any) -> list[Any]:
@@ -77,9 +68,6 @@ class TensorFlowBackend:
 
     def is_model(self, obj: Any) -> bool:
         return _models.is_model(obj)
-
-    def parameters(self, model: Any) -> dict[str, Any]:
-        return _models.parameters(model)
 
     def load_model(self, factory: Any, weights: str | None) -> Any:
         return _models.load_model(factory, weights)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipcore.backend import Memory
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # dtypes that torch has and NumPy gets from ml_dtypes under the same name, and the integers through which they pass
@@ -110,34 +108,6 @@ def map_values(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return with_values(tensor, function(values_of(tensor)))
 
 
-def ordinary_memory(tensors: Sequence[Any], *, writable: bool = False) -> Memory | None:
-    """Where ordinary tensors lie; see `clipcore.backend.Backend.memory`."""
-    if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor:
-        return None
-    dtype = tensors[0].dtype
-    if dtype not in _CLIPPED:
-        return None
-    addresses, sizes = [], []
-    for x in tensors:
-        ordinary = type(x) is Tensor and x.is_cpu and x.dtype is dtype and x.layout is torch.strided
-        if not ordinary or not x.is_contiguous() or x.requires_grad or x.is_neg():
-            return None
-        addresses.append(x.data_ptr())
-        sizes.append(x.numel())
-    memory = Memory(dtype_name(tensors[0]), np.array(addresses, np.int64), np.array(sizes, np.int64))
-    if writable:
-        order = np.argsort(memory.addresses, kind="stable")
-        starts = memory.addresses[order]
-        ends = starts + memory.sizes[order] * dtype.itemsize
-        if (ends[:-1] > starts[1:]).any():
-            return None
-        _announce_writes(tensors)
-    return memory
-
-
-_CLIPPED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def from_host(array: Array, like: Tensor | None) -> Tensor:
     """A tensor that owns the array's memory, or a copy of it on the device of `like`."""
     return with_values(like, as_tensor(array).to(like.device if like is not None else "cpu"))
@@ -145,12 +115,9 @@ def from_host(array: Array, like: Tensor | None) -> Tensor:
 
 def to_array(tensor: Tensor) -> Array:
     """A tensor of any device and layout as a dense array, possibly a view of its memory."""
-    return _as_array(to_dense(tensor.detach()).cpu())
-
-
-def to_dense(tensor: Tensor) -> Tensor:
-    """A sparse tensor of any layout as a dense one, duplicates summed; a dense one itself."""
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+    tensor = tensor.detach()
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return _as_array(dense.cpu())
 
 
 def _as_array(tensor: Tensor) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipcore.backend import Layer, Memory, Watcher
+from clipcore.backend import Layer, Watcher
 from clipcore.clipping.policies import Policy
 from clipcore.errors import InvalidInput
 from clipcore.training import Attachment
@@ -37,17 +37,8 @@ class TorchBackend:
     def to_host(self, tensors: Sequence[Tensor], *, writable: bool = False) -> list[Array] | None:
         return _tensors.to_host(tensors, writable=writable)
 
-    def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> Memory | None:
-        return _tensors.ordinary_memory(tensors, writable=writable)
-
     def from_host(self, array: Array, like: Tensor | None) -> Tensor:
         return _tensors.from_host(array, like)
-
-    def to_numpy(self, tensor: Tensor) -> Array:
-        return _tensors.to_array(tensor)
-
-    def to_dense(self, tensor: Tensor) -> Tensor:
-        return _tensors.to_dense(tensor)
 
     def primitives(self) -> TorchPrimitives:
         return TorchPrimitives()
@@ -56,9 +47,9 @@ class TorchBackend:
         with torch.no_grad():
             tensor.copy_(value)
 
-    def gradients(self, model_or_params: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    def gradients(self, model_or_params: Any) -> list[Tensor]:
         params = _unique(_parameters(model_or_params))
-        return params, [param.grad for param in params]
+        return [param.grad for param in params if param.grad is not None]
 
     def weights(self, model_or_params: Any) -> list[Tensor]:
         params = _unique(_parameters(model_or_params))
@@ -68,9 +59,6 @@ class TorchBackend:
 
     def is_model(self, obj: Any) -> bool:
         return isinstance(obj, nn.Module)
-
-    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        return _layers.parameters(model)
 
     def load_model(self, factory: Any, weights: str | None) -> nn.Module:
         return _building.load_model(factory, weights)

@@ -99,11 +99,14 @@ def migrate(
         MigrationError: a tensor's shape or dtype does not fit, one that would change is the source's as well, or a
             write failed. The target is as it was before.
     """
-    if plan is None:
-        if sample is None:
-            raise InvalidInput("migrate needs a plan or a sample: migrate(source, target, plan=…) or (…, sample=x)")
-        plan = find_plan(source, target, sample, target_sample=target_sample)
+    if plan is None and sample is None:
+        raise InvalidInput("migrate needs a plan or a sample: migrate(source, target, plan=…) or (…, sample=x)")
     ours, theirs = Side(source, "source"), Side(target, "target")
+    if plan is None:
+        # what flows after a NaN is NaN, so that the search would fail for a reason that is none
+        trained = [tensor.name for tensor in ours.tensors.values() if tensor.trainable]
+        _check_finite(ours.backend.read(ours.model, trained), "the source's", "mend the source first")
+        plan = find_plan(source, target, sample, target_sample=target_sample)
     check_fits(plan, ours, theirs)
     values, result = _prepared(plan, ours, theirs, limit)
     _write_all_or_nothing(theirs, values)

@@ -27,6 +27,7 @@ from clipcore.mapping.align import (
     resembling,
 )
 from clipcore.mapping.differences import explicit_padding
+from clipcore.mapping.kinds import KINDS
 from clipcore.mapping.models import Call, Side
 from clipcore.structure import in_order_of, leaves, rebuild
 
@@ -62,14 +63,20 @@ class Comparison:
     calls: Sequence[Call]
     sample: Any = None
 
-    def expected(self, value: Array, theirs: Array, index: int) -> Arrangement | None:
-        """How the target holds an input of call `index` of the source where its values differ: by the two frameworks'
-        conventions, and for features that may be flattened by which order is alike; None where that does not tell.
+    def expected(self, pair: tuple[str, str], value: Array, theirs: Array, index: int) -> Arrangement | None:
+        """How a layer of the target holds what a layer of the source holds where the values differ: by where both have
+        the channel axis, and for features that may be flattened by which order is alike; None where that does not tell.
+
+        Args:
+            pair: the two layers.
+            index: the number of calls of the source before this value.
         """
-        if self.ours.channels == self.theirs.channels or value.ndim < 2:
-            return SAME
         if value.ndim >= 3:
-            return moved(value.ndim)[1 if self.ours.channels == "first" else 2]
+            ours = _channels_of(self.ours.layers[pair[0]], self.ours)
+            same = ours == _channels_of(self.theirs.layers[pair[1]], self.theirs)
+            return SAME if same else moved(value.ndim)[1 if ours == "first" else 2]
+        if value.ndim < 2 or self.ours.channels == self.theirs.channels:
+            return SAME
         if not self._channels_before[index] or self._given_by_a_kernel(value, index):
             return SAME
         return resembling(value, theirs, [SAME, *self._likely(value, index)])
@@ -172,17 +179,28 @@ class Comparison:
         axis = 1 if self.ours.layers[call.layer].settings.get("channels") == "first" else -1
         ours = in_order_of(call.output, theirs)
         pairs = list(zip((v for _, v in leaves(ours)), (v for _, v in leaves(theirs)), strict=False))
+        names = call.layer, layer
         converted: list[Any] = []
         worst = 0.0
         for source, target in pairs:
             if not isinstance(target, np.ndarray):  # a number beside the tensors flows on as it is
                 converted.append(target)
                 continue
-            value, error = _closest(source, target, first, second, axis, partial(self._agreement, index=index + 1))
+            value, error = _closest(source, target, first, second, axis, partial(self._output, names, index + 1))
             worst = max(worst, error)
             usable = value is not None and value.shape == target.shape
             converted.append(value.astype(target.dtype) if usable else target)
         return rebuild(theirs, iter(converted)), worst
+
+    def _output(
+        self, pair: tuple[str, str], index: int, ours: Array, theirs: Array
+    ) -> tuple[float, Arrangement | None]:
+        """How far two outputs are apart, and in which arrangement the target holds the source's."""
+        found = self._agreement(ours, theirs, index)
+        if found.error <= tolerance(ours, theirs):
+            return found.error, found.arrangement
+        # of values that differ, the closest arrangement is one by chance
+        return found.error, self.expected(pair, ours, theirs, index)
 
     def model_outputs(self, ours: Any, theirs: Any) -> float:
         """The largest relative error over the outputs, tensor by tensor, the channel axis where each side has it."""
@@ -193,6 +211,16 @@ class Comparison:
             (agree(a, b).error for a, b in zip(first, second, strict=True)),
             default=0.0,
         )
+
+
+def _channels_of(layer: Layer, side: Side) -> str:
+    """Where a layer has the channel axis of its data: as it is set; last, as linear layers have it; and where its model
+    has it, if it acts on channels and places alike.
+    """
+    kind = KINDS.get(layer.kind)
+    alike = [role for role, axis in (kind.features if kind else {}).items() if axis == "..." and role in layer.tensors]
+    acts_on_both = any(len(layer.tensors[role].shape) > 1 for role in alike)
+    return str(layer.settings.get("channels", side.channels if acts_on_both else "last"))
 
 
 def _padded(value: Array, layer: Layer) -> Array:
@@ -224,14 +252,14 @@ def _closest(
     first: str | None,
     second: str | None,
     axis: int,
-    agreement_of: Callable[[Array, Array], Agreement],
+    compared: Callable[[Array, Array], tuple[float, Arrangement | None]],
 ) -> tuple[Any, float]:
     """The source's output in its closest arrangement (None where the activation is in the way), and the error.
 
     Args:
         first, second: the activations that are applied in the source's and in the target's output.
         axis: where the source has the features, along which a softmax runs; the target has them last.
-        agreement_of: how well two values agree.
+        compared: how far two values are apart, and in which arrangement they are the same; None where none tells.
     """
     value, seen = source, target
     try:
@@ -242,7 +270,7 @@ def _closest(
     except (KeyError, ValueError):
         # an activation that no one has a definition of: what follows will tell
         return None, 0.0
-    agreement = agreement_of(value, seen)
+    error, arrangement = compared(value, seen)
     usable = first is None or first == second
     fits = source.ndim == target.ndim and source.size == target.size
-    return agreement.arrangement.apply(value) if usable and fits else None, agreement.error
+    return arrangement.apply(value) if arrangement and usable and fits else None, error

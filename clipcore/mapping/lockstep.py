@@ -283,8 +283,8 @@ class LockStep:
         kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
         if kind and kind.features and self.comparison.order_is_open(index, inputs, agreement):
             raise MappingError(
-                f"on this sample too many features that the target's layer {layer!r} takes are the same: their order "
-                f"after flattening cannot be seen; give another sample"
+                f"on this sample too many features that the target's layer {layer!r} takes are the same, or NaN: their "
+                f"order after flattening cannot be seen; give another sample"
             )
 
     def _by_structure(self, layer: str, inputs: list[Array]) -> tuple[Match, int]:
@@ -337,12 +337,13 @@ class LockStep:
             return SAME
         if ours[0].ndim < 3 and not (kind and kind.features):
             return SAME
-        arrangement = self.comparison.expected(ours[0], inputs[0], index)
+        pair = self.comparison.calls[index].layer, layer
+        arrangement = self.comparison.expected(pair, ours[0], inputs[0], index)
         if arrangement is None:
             raise MappingError(
                 f"the {ours[0].shape[-1]} features that the target's layer {layer!r} takes differ from the source's, "
-                f"so that their order after flattening cannot be seen; let what comes before it (pooling, activation) "
-                f"compute the same, or give another sample"
+                f"so that their order after flattening cannot be seen; let what comes before it (a layer that one "
+                f"lacks, pooling, activation) compute the same, or give another sample"
             )
         return arrangement
 

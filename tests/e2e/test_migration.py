@@ -285,6 +285,24 @@ def test_a_network_without_flatten_is_verified_at_even_and_odd_sizes():
     assert check.shapes == ("(2, 3, 8, 8)", "(2, 3, 7, 7)")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_channels_as_places_do_not_turn_what_flows_on_behind_a_difference(seed):
+    source, target = randomised(small_torch(), seed), randomised(small_keras(padding="same"), 2)
+    sample = np.random.default_rng(seed).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    plan = cc.plan(source, target, sample=sample)
+    assert {row.target_layer for row in plan.rows if row.evidence != "proven"} == {"conv"}
+    sizes = {row.target: dict(row.sizes) for row in plan.rows}
+    assert sizes["hidden/kernel"] == {"channel": 4}
+
+
+def test_as_many_features_as_steps_do_not_turn_what_flows_on_behind_a_difference():
+    source = randomised(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5, eps=0.5), nn.Linear(5, 5), nn.Linear(5, 2)), 1)
+    layers = [L.Dense(5), L.LayerNormalization(epsilon=1e-5, name="norm"), L.Dense(5), L.Dense(2)]
+    target = randomised(keras.Sequential([keras.Input((5, 5)), *layers]), 2)
+    plan = cc.plan(source, target, sample=np.random.default_rng(0).standard_normal((2, 5, 5)).astype(np.float32))
+    assert {row.target_layer for row in plan.rows if row.evidence != "proven"} == {"norm"}
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -82,6 +82,8 @@ def clip_grads_(model_or_params: Any, policy: Policy) -> ClipReport:
         InvalidInput: the framework keeps no gradients beside parameters (TensorFlow): use `clip`.
     """
     model_or_params, owner = _model_or_params(model_or_params)
+    if owner is None:
+        return clip_([], policy)
     return clip_(owner.gradients(model_or_params), policy, backend=owner.name)
 
 
@@ -97,12 +99,14 @@ def limit_(model_or_params: Any, limit: Policy) -> ClipReport:
         InvalidInput: no weights that can be written.
     """
     model_or_params, owner = _model_or_params(model_or_params)
+    if owner is None:
+        return clip_([], limit)
     paths, tensors, owner = _check(owner.weights(model_or_params), limit, owner.name)
     return _bound_in_place(paths, tensors, limit, owner)
 
 
-def _model_or_params(model_or_params: Any) -> tuple[Any, Backend]:
-    """The model, or its parameters as a list, and whose they are."""
+def _model_or_params(model_or_params: Any) -> tuple[Any, Backend | None]:
+    """The model, or its parameters as a list, and whose they are; no parameters are nobody's."""
     # asked first, since torch.compile cannot trace the search for a backend that ends in an exception
     if not isinstance(model_or_params, list | tuple | Iterator):
         try:
@@ -111,7 +115,7 @@ def _model_or_params(model_or_params: Any) -> tuple[Any, Backend]:
             if not hasattr(model_or_params, "__iter__"):
                 raise
     params = [leaf for _, leaf in leaves(list(model_or_params))]
-    return params, backend_of(params[0]) if params else get_backend()
+    return params, backend_of(params[0]) if params else None
 
 
 def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], list[Any], Backend]:

@@ -70,6 +70,13 @@ def test_no_tensors_at_all_have_the_norm_zero():
         assert (report.norm, report.scale, report.clipped, report.nonfinite) == (0.0, 1.0, False, 0)
 
 
+@pytest.mark.parametrize("nothing", [list, tuple, lambda: iter(()), lambda: [None, []]])
+@pytest.mark.parametrize("verb", [cc.clip_grads_, cc.limit_])
+def test_no_parameters_at_all_have_the_norm_zero_in_any_framework(verb, nothing):
+    report = verb(nothing(), POLICY)
+    assert (report.norm, report.scale, report.clipped, report.nonfinite) == (0.0, 1.0, False, 0)
+
+
 def test_numpy_keeps_no_gradients_and_no_models():
     with pytest.raises(cc.InvalidInput, match=r"cc\.clip"):
         cc.clip_grads_([np.ones(2)], POLICY)

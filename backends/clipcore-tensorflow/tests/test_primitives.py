@@ -171,6 +171,18 @@ def test_unknown_shapes_are_clipped() -> None:
     np.testing.assert_array_equal(clipped, np.float32([[0.6, 0.8]]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_a_tensor_that_turns_out_to_be_empty_has_the_norm_zero(dtype: str, p: float) -> None:
+    @tf.function(input_signature=[tf.TensorSpec(None, dtype)], autograph=False)
+    def traced(x: Any) -> Any:
+        return cc.clip(x, cc.ClipByGlobalNorm(1.0, p=p))
+
+    clipped, report = traced(tf.zeros([0, 3], dtype))
+    assert clipped.shape == (0, 3)
+    assert (float(report.norm), float(report.scale), bool(report.clipped)) == (0.0, 1.0, False)
+
+
 @compiled
 def test_raising_inside_a_graph_is_a_clear_error(jit: bool) -> None:
     with pytest.raises(cc.InvalidInput, match="nonfinite='raise' reads the gradients"):

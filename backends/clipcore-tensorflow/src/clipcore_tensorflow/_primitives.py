@@ -227,7 +227,7 @@ def _power_norm(tensors: Sequence[tf.Tensor], p: float, exponent: tf.Tensor) -> 
 
     if p in (1, 2):
         return _power_of(tf.add_n([_sum(x, lambda part: _power_of(magnitudes(part), p)) for x in tensors]), 1 / p)
-    largest = tf.reduce_max(tf.stack([tf.reduce_max(magnitudes(x)) for x in tensors]))
+    largest = tf.reduce_max(tf.stack([tf.zeros([], tf.float64), *(tf.reduce_max(magnitudes(x)) for x in tensors)]))
     if p == math.inf:
         return largest
     # divided by the largest itself, since (1/2)**p and sqrt(2)**p may leave the range

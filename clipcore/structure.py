@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,6 @@ def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
     """The structure of `tree` with its leaves, in order, taken from `new_leaves`."""
     if tree is None:
         return None
-    # torch.compile traces no copy.copy; it keeps a class and what it carries (a defaultdict's factory)
     if isinstance(tree, dict):
         items = {key: rebuild(value, new_leaves) for key, value in tree.items()}
         return items if type(tree) is dict else _refilled(tree, items)
@@ -34,16 +34,31 @@ def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:
         values = [rebuild(value, new_leaves) for value in tree]
         if isinstance(tree, list):
             return values if type(tree) is list else _refilled(tree, values)
-        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+        return _tuple(tree, values)
     return next(new_leaves)
 
 
 def _refilled(tree: Any, content: Any) -> Any:
+    """A list or dict of the class of `tree`, with what else it carries (a defaultdict's factory)."""
+    if type(tree) is defaultdict:  # torch.compile traces how one is made, but no copy of one
+        return defaultdict(tree.default_factory, content)
     result = copy.copy(tree)
     if isinstance(tree, dict):
-        result.update(content)
+        for key, value in content.items():  # update would add to a Counter
+            result[key] = value
     else:
         result[:] = content
+    return result
+
+
+def _tuple(tree: Any, values: list[Any]) -> Any:
+    """A tuple of the class of `tree`, with the attributes that it has besides."""
+    cls = type(tree)
+    if cls is tuple or not issubclass(cls, tuple) or hasattr(cls, "n_fields"):
+        return cls(values)  # not a tuple but a wrapper of one, or a struct sequence, which nothing else can make
+    result: Any = tuple.__new__(cls, values)  # a constructor of its own may take anything
+    if hasattr(tree, "__dict__"):
+        vars(result).update(vars(tree))
     return result
 
 

@@ -1,6 +1,6 @@
 """Nested structures keep their classes, their order and their Nones."""
 
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import numpy as np
 from hypothesis import given
@@ -48,6 +48,34 @@ def test_clipping_keeps_the_structure_with_its_classes():
     assert clipped["b"][0] is None
     assert clipped["c"].default_factory is list
     np.testing.assert_array_equal(clipped["b"][1].first, [0.8])
+
+
+class Ranked(Pair):
+    """A tuple whose constructor takes something else than its elements, and that carries an attribute."""
+
+    def __new__(cls, first):
+        return super().__new__(cls, first, None)
+
+
+class Tagged(tuple):
+    def __new__(cls, first, second, *, tag):
+        made = super().__new__(cls, (first, second))
+        made.tag = tag
+        return made
+
+
+def test_a_tuple_of_a_class_with_a_constructor_of_its_own_is_rebuilt():
+    tree = [Ranked(1), Tagged(2, None, tag="x")]
+    ranked, tagged = map_leaves(lambda leaf: leaf * 10, tree)
+    assert (type(ranked), ranked) == (Ranked, (10, None))
+    assert (type(tagged), tagged, tagged.tag) == (Tagged, (20, None), "x")
+
+
+def test_the_leaves_of_a_counter_are_replaced_and_not_added():
+    grads = Counter(a=np.array([3.0]), b=np.array([4.0]))
+    clipped, _ = cc.clip(grads, cc.ClipByGlobalNorm(1.0))
+    assert type(clipped) is Counter
+    assert (clipped["a"][0], clipped["b"][0], grads["a"][0]) == (3 * 0.2, 4 * 0.2, 3.0)
 
 
 def test_what_json_lacks_becomes_none():

@@ -1,6 +1,7 @@
 """The policies as torch operations: compiled, under autograd, and as the reference says. Conformance has the rest."""
 
 import math
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -169,6 +170,16 @@ def test_one_tensor_in_two_places_is_clipped_once_inside_a_compiled_function():
     )
     assert float(clip(*grads).norm) == 5.0
     assert_close([to_array(grad) for grad in grads], [np.float32([0.6]), np.float32([0.8])], absolute=0.0)
+
+
+@pytest.mark.parametrize("cls", [lambda **grads: defaultdict(list, grads), OrderedDict, Counter])
+def test_a_compiled_function_keeps_the_class_of_a_dict(cls):
+    grads = cls(a=torch.tensor([3.0]), b=torch.tensor([4.0]))
+    clip = torch.compile(lambda grads: cc.clip(grads, cc.ClipByGlobalNorm(1.0))[0], fullgraph=True, backend="eager")
+    clipped = clip(grads)
+    assert type(clipped) is type(grads)
+    assert getattr(clipped, "default_factory", None) is getattr(grads, "default_factory", None)
+    assert_close(flat(clipped), [np.float32([0.6]), np.float32([0.8])], absolute=0.0)
 
 
 def test_raising_is_refused_where_gradients_cannot_be_read():

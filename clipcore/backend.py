@@ -62,7 +62,11 @@ class Backend(Protocol):
         """Whether `tensor` is a model's parameter, beside which the framework keeps a gradient (torch)."""
 
     def dtype_name(self, tensor: Any) -> str:
-        """NumPy's name of the tensor's dtype: "float32", "bfloat16", "complex64", "int64" …"""
+        """NumPy's name of the tensor's dtype: "float32", "bfloat16", "complex64", "int64" …
+
+        Raises:
+            InvalidInput: the tensor is of a kind that cannot be clipped, whatever its dtype: "a masked array; …".
+        """
 
     def to_host(self, tensors: Sequence[Any], *, writable: bool = False) -> list[np.ndarray] | None:
         """The tensors' own memory as arrays, without a copy where the framework allows it; of a sparse tensor, its

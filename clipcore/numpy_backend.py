@@ -24,6 +24,8 @@ class NumpyBackend:
         return False
 
     def dtype_name(self, tensor: Any) -> str:
+        if isinstance(tensor, np.ma.MaskedArray):
+            raise InvalidInput("a masked array; expected one whose elements all count: pass array.filled(0)")
         return str(tensor.dtype.name)
 
     def to_host(self, tensors: Sequence[Any], *, writable: bool = False) -> list[np.ndarray] | None:
@@ -33,7 +35,9 @@ class NumpyBackend:
         return [np.asarray(tensor) for tensor in tensors]
 
     def from_host(self, array: np.ndarray, like: Any) -> Any:
-        return array[()] if isinstance(like, np.generic) else array
+        if isinstance(like, np.generic):
+            return array[()]
+        return array if like is None else like.__array_wrap__(array)
 
     def primitives(self) -> HostPrimitives:
         return HostPrimitives()

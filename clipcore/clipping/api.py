@@ -127,7 +127,10 @@ def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], lis
     for path, tensor in pairs:
         if not owner.is_tensor(tensor):
             raise InvalidInput(_stranger(path, tensor, "" if path == paths[0] else f"grads{paths[0]}", owner))
-        dtype = owner.dtype_name(tensor)
+        try:
+            dtype = owner.dtype_name(tensor)
+        except InvalidInput as err:
+            raise InvalidInput(f"grads{path} is {err}") from err
         if dtype not in MULTIPLY_DTYPE:
             raise InvalidInput(f"grads{path} has dtype {dtype}; expected one of {', '.join(MULTIPLY_DTYPE)}")
         if dtype.startswith("complex") and not policy.complex_allowed:

@@ -24,6 +24,7 @@ POLICY = cc.ClipByGlobalNorm(1.0)
         ((np.ones(2) for _ in range(2)), cc.InvalidInput, ["grads", "generator"]),
         ([np.ones(2), object()], cc.InvalidInput, ["grads[1]", "object"]),
         (np.array(["a"]), cc.InvalidInput, ["dtype"]),
+        ({"w": np.ma.array([3.0, 4.0], mask=[0, 1])}, cc.InvalidInput, ["grads['w'] is a masked array", "filled(0)"]),
         (np.ones(2, np.longdouble), cc.InvalidInput, ["dtype"]),
     ],
 )
@@ -178,6 +179,21 @@ def test_no_element_is_ever_scaled_twice_in_place(slices):
         assert any(shared)
     else:
         assert set(grad) <= {1.0, report.scale}
+
+
+class Tagged(np.ndarray):
+    """An array that carries something besides, as NumPy's guide to subclasses has it."""
+
+    def __array_finalize__(self, obj):
+        self.tag = getattr(obj, "tag", None)
+
+
+def test_a_clipped_array_is_of_the_class_that_was_given():
+    matrix, tagged = np.ones((1, 2)).view(np.matrix), np.ones(2).view(Tagged)
+    tagged.tag = "w"
+    clipped, _ = cc.clip([matrix, tagged, np.ones(1)], POLICY)
+    assert [type(array) for array in clipped] == [np.matrix, Tagged, np.ndarray]
+    assert clipped[1].tag == "w"
 
 
 def test_a_backend_can_be_named():

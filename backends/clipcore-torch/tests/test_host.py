@@ -284,6 +284,34 @@ def test_inference_tensors_are_clipped_in_place():
     assert torch.allclose(tensor, torch.tensor([0.6, 0.8]))
 
 
+@pytest.mark.filterwarnings("ignore:.*beta state|.*nested tensors.*prototype")
+@pytest.mark.parametrize("policy", [POLICY, cc.ClipByValue(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.eye(4).to_sparse_csr(), r"layout torch\.sparse_csr"),
+        (lambda: torch.eye(4).to_sparse_csc(), r"layout torch\.sparse_csc"),
+        (lambda: torch.eye(4).to_sparse_bsr((2, 2)), r"layout torch\.sparse_bsr"),
+        (lambda: torch.ones(3).to_mkldnn(), r"layout torch\._mkldnn"),
+        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "nested tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged), "nested tensor"),
+    ],
+)
+def test_layouts_that_show_no_elements_are_refused_by_name_and_place(make, kind, policy):
+    for verb in (cc.clip, cc.clip_):
+        with pytest.raises(cc.InvalidInput, match=rf"grads\['w'\] is a (tensor of )?{kind}; expected a dense one"):
+            verb({"w": make()}, policy)
+
+
+def test_parameters_of_lazy_modules_are_refused_until_they_have_a_shape():
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(cc.InvalidInput, match=r"uninitialised parameter of a lazy module.*call the module once"):
+        cc.limit_(lazy, POLICY)
+    assert cc.clip_grads_(lazy, POLICY).norm == 0.0
+    lazy(torch.ones(1, 2))
+    assert cc.limit_(lazy, cc.ClipByValue(1e-6)).clipped
+
+
 def test_integers_and_strangers_are_refused():
     with pytest.raises(cc.InvalidInput, match=r"grads\[1\] has dtype int64"):
         cc.clip([torch.ones(2), torch.ones(2, dtype=torch.int64)], POLICY)

@@ -9,6 +9,9 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+from clipcore.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,7 +28,18 @@ _TORCH_DTYPES = {array_dtype: dtype for dtype, (_, array_dtype) in _EXTENDED.ite
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """NumPy's name of a tensor's dtype, which is torch's own but for "bool"."""
+    """NumPy's name of a tensor's dtype, which is torch's own but for "bool".
+
+    Raises:
+        InvalidInput: its elements do not lie in an array, nor at the indices of one.
+    """
+    if tensor.is_nested or tensor.layout not in (torch.strided, torch.sparse_coo):
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        raise InvalidInput(f"a {kind}; expected a dense one, or one of layout torch.sparse_coo: convert it first")
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise InvalidInput(
+            "an uninitialised parameter of a lazy module; expected one that has its shape: call the module once first"
+        )
     return str(tensor.dtype).removeprefix("torch.")
 
 

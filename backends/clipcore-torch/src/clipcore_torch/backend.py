@@ -55,7 +55,8 @@ class TorchBackend:
         params = _unique(_parameters(model_or_params))
         # of a model its trainable tensors; tensors that the user lists are all meant
         meant = [p for p in params if p.requires_grad] if isinstance(model_or_params, nn.Module) else params
-        return [p.detach() for p in meant]  # the same memory: limiting is no step that is differentiated
+        # the same memory: limiting is no step that is differentiated; what has no memory yet is refused as it is
+        return [p if isinstance(p, nn.parameter.UninitializedTensorMixin) else p.detach() for p in meant]
 
     def is_model(self, obj: Any) -> bool:
         return isinstance(obj, nn.Module)

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipcore.clipping.policies import Policy, check_policy
 from clipcore.clipping.report import ClipReport
-from clipcore.errors import InvalidInput
+from clipcore.errors import BackendError, InvalidInput
 from clipcore.plugins import backend_of
 
 
@@ -47,7 +47,7 @@ def attach(optimizer: Any, policy: Policy, model: Any = None) -> Attachment:
         InvalidInput: `optimizer` is none, or has a policy or clipping of its own already.
     """
     check_policy(policy)
-    backend: Any = backend_of(optimizer)
+    backend = _backend_of(optimizer, "optimizer", "an optimizer of an installed backend")
     if not hasattr(backend, "attach"):
         raise InvalidInput(f"backend {backend.name!r} has no optimizers; clip in the loop with cc.clip")
     attachment: Attachment = backend.attach(optimizer, policy, model)
@@ -69,8 +69,15 @@ def compile(model: Any, loss_fn: Any, optimizer: Any, clip: Policy | None = None
     """
     if clip is not None:
         check_policy(clip)
-    backend: Any = backend_of(model)
+    backend = _backend_of(model, "model", "a model of an installed backend")
     if not hasattr(backend, "compile"):
         raise InvalidInput(f"backend {backend.name!r} has no models to compile")
     compiled: tuple[Any, Any, Any] = backend.compile(model, loss_fn, optimizer, clip)
     return compiled
+
+
+def _backend_of(obj: Any, role: str, expected: str) -> Any:
+    try:
+        return backend_of(obj)
+    except BackendError as err:
+        raise InvalidInput(f"{role} is {obj!r:.60} of type {type(obj).__name__}; expected {expected}: {err}") from err

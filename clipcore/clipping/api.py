@@ -111,19 +111,22 @@ def _model_or_params(model_or_params: Any) -> tuple[Any, Backend | None]:
     if not isinstance(model_or_params, list | tuple | Iterator):
         try:
             return model_or_params, backend_of(model_or_params)
-        except BackendError:
-            if not hasattr(model_or_params, "__iter__"):
-                raise
-    params = [leaf for _, leaf in leaves(list(model_or_params))]
-    return params, backend_of(params[0]) if params else None
+        except BackendError as err:
+            if isinstance(model_or_params, str | bytes | dict) or not hasattr(model_or_params, "__iter__"):
+                raise InvalidInput(
+                    f"model_or_params is of type {type(model_or_params).__name__}; expected a model or its parameters, "
+                    f"say model.parameters(): {err}"
+                ) from err
+    pairs = _leaves(list(model_or_params))
+    return [param for _, param in pairs], _owner(pairs[0][1], f"params{pairs[0][0]}") if pairs else None
 
 
 def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], list[Any], Backend]:
     """Paths and tensors of a structure, and their one backend; everything a caller can get wrong is refused here."""
     check_policy(policy)
-    pairs = list(leaves(grads))
+    pairs = _leaves(grads)
     paths, tensors = [path for path, _ in pairs], [tensor for _, tensor in pairs]
-    owner = get_backend(name) if name or not tensors else _owner(tensors[0], paths[0])
+    owner = get_backend(name) if name or not tensors else _owner(tensors[0], f"grads{paths[0]}")
     for path, tensor in pairs:
         if not owner.is_tensor(tensor):
             raise InvalidInput(_stranger(path, tensor, "" if path == paths[0] else f"grads{paths[0]}", owner))
@@ -140,11 +143,21 @@ def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], lis
     return paths, tensors, owner
 
 
-def _owner(tensor: Any, path: str) -> Backend:
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    try:
+        return list(leaves(tree))
+    except RecursionError as err:
+        raise InvalidInput(
+            f"this {type(tree).__name__} contains itself, or is nested without end; expected tensors, or lists, tuples "
+            f"and dicts of them"
+        ) from err
+
+
+def _owner(tensor: Any, place: str) -> Backend:
     try:
         return backend_of(tensor)
     except BackendError as err:
-        raise InvalidInput(f"grads{path} is {tensor!r:.60}, no tensor of an installed backend: {err}") from err
+        raise InvalidInput(f"{place} is {tensor!r:.60}, no tensor of an installed backend: {err}") from err
 
 
 def _stranger(path: str, tensor: Any, first: str, owner: Backend) -> str:

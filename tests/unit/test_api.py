@@ -196,6 +196,38 @@ def test_a_clipped_array_is_of_the_class_that_was_given():
     assert clipped[1].tag == "w"
 
 
+@pytest.mark.parametrize("verb", [cc.clip, cc.clip_, cc.clip_grads_, cc.limit_])
+def test_a_structure_that_contains_itself_is_refused(verb):
+    tree = [np.ones(2)]
+    tree.append((tree, None))
+    with pytest.raises(cc.InvalidInput, match="this list contains itself"):
+        verb(tree, POLICY)
+
+
+@pytest.mark.parametrize("verb", [cc.clip_grads_, cc.limit_])
+@pytest.mark.parametrize(
+    ("strangers", "said"),
+    [
+        ({"0.weight": np.ones(2)}, r"is of type dict; expected a model or its parameters, say model\.parameters\(\)"),
+        ("weights", "is of type str; expected a model"),
+        (object(), "is of type object; expected a model"),
+        ([("0.weight", np.ones(2))], r"params\[0\]\[0\] is '0.weight', no tensor"),
+        ((3.0,), r"params\[0\] is 3.0, no tensor"),
+    ],
+)
+def test_what_is_neither_a_model_nor_parameters_is_refused_with_its_place(verb, strangers, said):
+    with pytest.raises(cc.InvalidInput, match=said):
+        verb(strangers, POLICY)
+
+
+@pytest.mark.parametrize("stranger", ["adam", None, object, 0.1], ids=repr)
+def test_what_is_no_optimizer_or_no_model_is_refused_with_its_value(stranger):
+    with pytest.raises(cc.InvalidInput, match=r"optimizer is .*; expected an optimizer of an installed backend"):
+        cc.attach(stranger, POLICY)
+    with pytest.raises(cc.InvalidInput, match=r"model is .*; expected a model of an installed backend"):
+        cc.compile(stranger, None, "adam", clip=POLICY)
+
+
 def test_a_backend_can_be_named():
     clipped, _ = cc.clip([np.array([3.0, 4.0])], POLICY, backend="numpy")
     np.testing.assert_array_equal(clipped[0], [3 * 0.2, 4 * 0.2])

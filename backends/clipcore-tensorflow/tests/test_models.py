@@ -106,6 +106,8 @@ def test_weights_of_variables_are_each_once(backend: Any) -> None:
         backend.weights(frozen)
     with pytest.raises(cc.InvalidInput, match="is no variable, nor a model"):
         backend.weights([tf.constant(1.0)])
+    with pytest.raises(cc.InvalidInput, match="is no variable, nor a model"):
+        cc.limit_(keras.optimizers.SGD(0.1), cc.ClipByNorm(1.0))
 
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])

@@ -128,7 +128,8 @@ def weights(model_or_params: Any) -> list[Any]:
             describe(model_or_params)  # refuses a model without weights
         found = list(model_or_params.trainable_variables)
     else:
-        found = [model_or_params] if is_variable(model_or_params) else list(model_or_params)
+        listed = isinstance(model_or_params, Iterable) and not is_variable(model_or_params)
+        found = list(model_or_params) if listed else [model_or_params]
         for variable in found:
             if not is_variable(variable):
                 raise InvalidInput(f"{variable!r:.60} of type {type(variable).__name__} is no variable, nor a model")

@@ -36,7 +36,7 @@ class Policy:
             _POLICIES[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        if self.nonfinite not in get_args(NonFiniteMode):
+        if not isinstance(self.nonfinite, str) or self.nonfinite not in get_args(NonFiniteMode):
             raise InvalidPolicy(
                 f"{type(self).__name__}: nonfinite is {self.nonfinite!r}; expected one of {get_args(NonFiniteMode)}"
             )
@@ -96,6 +96,7 @@ class _NormPolicy(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number(self, "max_norm", 0.0)
+        object.__setattr__(self, "max_norm", abs(self.max_norm))  # -0.0 would give negative zeros
         _check_number(self, "p", 1.0)
 
 

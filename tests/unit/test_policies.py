@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
 
 import clipcore as cc
@@ -43,6 +44,8 @@ def test_a_policy_is_frozen(policy):
         (lambda: cc.ClipByValue(2.0, 1.0), "max_value is 1.0"),
         (lambda: cc.ClipByValue(math.nan, 1.0), "min_value is nan"),
         (lambda: cc.ClipByNorm(1.0, nonfinite="ignore"), "nonfinite is 'ignore'"),
+        (lambda: cc.ClipByNorm(1.0, nonfinite=np.array([1, 2])), "nonfinite is array([1, 2])"),
+        (lambda: cc.ClipByNorm(1.0, nonfinite=["skip"]), "nonfinite is ['skip']"),
     ],
 )
 def test_a_meaningless_argument_is_refused_with_its_name_and_value(make, named):

@@ -198,9 +198,11 @@ def test_an_infinite_limit_changes_nothing(backend: Backend, grads: list[Array],
     assert (float(report.scale), bool(report.clipped)) == (1.0, False)
 
 
+@pytest.mark.parametrize("limit", [0.0, -0.0])
 @given(grads=lists_of(arrays()), policy=st.sampled_from([cc.ClipByGlobalNorm, cc.ClipByNorm]), p=norm_orders())
-def test_a_limit_of_zero_gives_zeros(backend: Backend, grads: list[Array], policy: Any, p: float) -> None:
-    clipped, _ = clip(backend, as_tensors(backend, grads), policy(0.0, p=p))
+def test_a_limit_of_zero_gives_zeros(backend: Backend, limit: float, grads: list[Array], policy: Any, p: float) -> None:
+    clipped, report = clip(backend, as_tensors(backend, grads), policy(limit, p=p))
+    assert math.copysign(1.0, float(report.scale)) == 1.0
     for result, array in zip(as_arrays(backend, clipped), grads, strict=True):
         assert (result.shape, result.dtype) == (array.shape, array.dtype)
         assert not result.any()

@@ -230,6 +230,35 @@ def test_a_step_that_raised_does_not_disable_clipping(policy):
     assert all(g is not None for g in grads(network))
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_gradients_withheld_from_a_step_that_raised_come_back_when_it_is_tried_again(again):
+    class Failing(torch.optim.SGD):
+        fail = True
+
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("injected")
+            return super().step(closure)
+
+    network = model()
+    optimizer = Failing(network.parameters(), lr=1.0, weight_decay=0.1)
+    attachment = cc.attach(optimizer, SKIP)
+    fill(network, torch.full((8, 4), math.inf))
+    before = snapshot(network, optimizer)
+    with pytest.raises(RuntimeError, match="injected"):
+        optimizer.step()
+    optimizer.fail = False
+    if again:
+        optimizer.step()
+        assert_same(before, snapshot(network, optimizer))
+        assert len(attachment.reports) == 1
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads(network))
+    else:  # a new gradient, of one parameter alone: what was withheld is of the past
+        network[2].bias.grad = torch.ones(2)
+        optimizer.step()
+        assert [g is not None for g in grads(network)] == [False, False, False, True]
+
+
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @forms
 def test_a_skipped_step_does_not_happen_at_all(make, options, fault):

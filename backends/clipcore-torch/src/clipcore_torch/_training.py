@@ -85,9 +85,12 @@ class _Step:
         """Clip what the step is about to use, or make its closure clip what it computes."""
         if _is_inside_step(optimizer):
             return None
-        self._withheld, self._start = [], None
         # of the positional arguments the first is the optimizer itself
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # what a step that raised left withheld stays so while it is only tried again, and is then given back
+        if callable(closure) or any(param.grad is not None for param, _ in self._withheld):
+            self._withheld = []
+        self._start = None
         if not callable(closure):
             self._clip(optimizer)
             return None

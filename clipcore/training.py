@@ -36,6 +36,9 @@ class Attachment:
 def attach(optimizer: Any, policy: Policy, model: Any = None) -> Attachment:
     """Clip the gradients of every step from now on: after accumulation, unscaling and aggregation, before the update.
 
+    The policy acts on this optimizer. A copy of a torch optimizer (`copy.deepcopy`, pickle) has none until one is
+    attached to it; a copy of a Keras optimizer, whose config has the policy, clips as well.
+
     Args:
         optimizer: a torch or Keras optimizer; it stays the object that you have.
         policy: what bounds the gradients, all those of one step together.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -317,6 +319,17 @@ class Signs(O.SGD):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         super().update_step(keras.ops.sign(gradient), variable, learning_rate)
+
+
+@pytest.mark.parametrize("copied", [lambda o: pickle.loads(pickle.dumps(o)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copy_of_an_optimizer_has_its_policy(copied: Callable[[Any], Any]) -> None:
+    optimizer = O.SGD(1.0)
+    cc.attach(optimizer, cc.ClipByGlobalNorm(0.5))
+    variable = keras.Variable(np.zeros(2, np.float32))
+    twin = copied(optimizer)
+    twin.apply([tf.constant([3.0, 4.0])], [variable])
+    np.testing.assert_allclose(variable.numpy(), [-0.3, -0.4], rtol=1e-6)
+    assert cc.attach(twin, cc.ClipByGlobalNorm(0.5)).policy == cc.ClipByGlobalNorm(0.5)
 
 
 def test_an_optimizer_of_ones_own_is_saved_with_its_policy(tmp_path: Path) -> None:

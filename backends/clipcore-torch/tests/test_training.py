@@ -416,6 +416,21 @@ def test_small_half_precision_gradients_survive_the_clip_of_a_fused_step():
     assert torch.equal(param, torch.tensor([0.0, -(2.0**-6)], dtype=torch.float16))
 
 
+def test_a_copy_of_an_optimizer_has_no_policy_until_one_is_attached():
+    network = model()
+    optimizer = sgd(network)
+    attachment = cc.attach(optimizer, POLICY)
+    copied_network, copied = copy.deepcopy((network, optimizer))
+    fill(copied_network, batch())
+    kept = [g.clone() for g in grads(copied_network)]
+    copied.step()
+    assert_same(kept, grads(copied_network))
+    assert not attachment.reports
+    own = cc.attach(copied, POLICY)
+    copied.step()
+    assert (len(own.reports), len(attachment.reports)) == (1, 0)
+
+
 def test_removing_gives_the_optimizer_back():
     network = model()
     optimizer = sgd(network)

@@ -55,6 +55,11 @@ class Clipped:
         object.__setattr__(optimizer, "_clipcore", _State(policy))
         return optimizer
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keras gives a method of the class, which pickle would look up by a name that no module has
+        _, arguments = super().__reduce__()  # type: ignore[misc]
+        return _unpickled, (self.clipcore_original, *arguments)
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         if self._clipcore.policy.nonfinite != "skip":
             super().apply(grads, trainable_variables)  # type: ignore[misc]
@@ -164,6 +169,12 @@ def clipped_class(cls: type) -> type:
         subclass = type(cls)(name, (Clipped, cls), body)
         _classes[cls] = keras.saving.register_keras_serializable(package, name)(subclass)
     return _classes[cls]
+
+
+def _unpickled(cls: type, *arguments: Any) -> Any:
+    """The optimizer that was pickled: its class must be registered before Keras can read it."""
+    registered: Any = clipped_class(cls)
+    return registered._unpickle_model(*arguments)
 
 
 def register_builtin_optimizers() -> None:

@@ -135,24 +135,29 @@ def _norm(tensors: Sequence[Array], p: float) -> Fraction:
     squares = [re * re + im * im for t in tensors for re, im in _elements(t)]
     if not any(squares):
         return Fraction(0)
+    if p == math.inf:
+        return _root(max(squares))
+    if p == 2.0:
+        return _root(sum(squares, Fraction(0)))
     with localcontext(prec=100, Emax=MAX_EMAX, Emin=MIN_EMIN):
+        if p == 1.0:
+            return _round(sum(map(_magnitude, squares), Fraction(0)), 53, _UNBOUNDED)
         digits = [_decimal(s) for s in squares]
-        if p == math.inf:
-            norm = max(digits).sqrt()
-        elif p == 2.0:
-            return _root(sum(squares, Fraction(0)))
-        elif p == 1.0 and all(t.dtype.kind != "c" for t in tensors):
-            return _round(sum((abs(re) for t in tensors for re, _ in _elements(t)), Fraction(0)), 53, _UNBOUNDED)
-        else:
-            power, largest = Decimal(p), max(digits)
-            ratios = [d / largest for d in digits if d]
-            norm = largest.sqrt() * sum((r ** (power / 2) for r in ratios), Decimal(0)) ** (1 / power)
+        power, largest = Decimal(p), max(digits)
+        ratios = [d / largest for d in digits if d]
+        norm = largest.sqrt() * sum((r ** (power / 2) for r in ratios), Decimal(0)) ** (1 / power)
         return _round(Fraction(norm), 53, _UNBOUNDED)
 
 
 def _elements(tensor: Array) -> list[tuple[Fraction, Fraction]]:
     wide = tensor.astype(np.complex128).ravel()
     return [(Fraction(z.real), Fraction(z.imag)) for z in wide.tolist()]
+
+
+def _magnitude(square: Fraction) -> Fraction:
+    """sqrt(square): exact where it is rational, so that a sum of such may be a tie; else its first 100 digits."""
+    exact = Fraction(math.isqrt(square.numerator), math.isqrt(square.denominator))
+    return exact if exact * exact == square else Fraction(_decimal(square).sqrt())
 
 
 def _decimal(value: Fraction) -> Decimal:

@@ -34,6 +34,24 @@ def test_a_complex_number_counts_with_its_magnitude(p, norm):
     assert found == pytest.approx(norm, rel=1e-15)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_a_complex_number_with_one_part_counts_as_a_real_one(p):
+    for values in np.random.default_rng(0).standard_normal((300, 3)):
+        (_, real), (_, turned) = (
+            reference.clip_by_global_norm([array], math.inf, p) for array in (values, values * [1, 1j, -1j])
+        )
+        assert real == turned
+
+
+def test_magnitudes_that_are_whole_make_ties_which_are_rounded_to_even():
+    whole = 2**51 + 1  # 5 * whole has 54 bits and ends in 1
+    for p in (1.0, 2.0, math.inf):
+        _, norm = reference.clip_by_global_norm([np.array([3 * whole + 4j * whole])], math.inf, p)
+        assert norm == 5 * whole - 1
+    _, norm = reference.clip_by_global_norm([np.array([2.0**53, 1j, 1e-300 + 1e-300j])], math.inf, 1.0)
+    assert norm == 2.0**53 + 2
+
+
 def test_the_factor_is_rounded_to_float32_and_so_is_the_product():
     # norm 3, limit 1: the factor is float32(1/3) = 11184811 * 2**-25, and 3 times that is 33554433 * 2**-25 -> 1
     (clipped,), _ = reference.clip_by_global_norm([np.array([3.0], np.float32)], 1.0)

@@ -64,6 +64,25 @@ def test_the_exact_norm_depends_on_no_order_and_no_split(array, random):
         assert kernels.exact_norm([array], p) == kernels.exact_norm([shuffled[:cut], shuffled[cut:]], p)
 
 
+@given(hnp.arrays(np.float64, st.integers(1, 5), elements=FINITE), st.sampled_from([1.0, 2.0, math.inf]), st.randoms())
+def test_the_exact_norm_of_complex_numbers_with_one_part_is_that_of_real_ones(array, p, random):
+    turned = array * np.array([random.choice([1, 1j]) for _ in array])
+    assert kernels.exact_norm([turned], p) == kernels.exact_norm([array], p)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_the_exact_norm_of_complex_numbers_rounds_ties_to_even(p):
+    for low in (1, 3):  # 5 * whole has 54 bits and ends in 1: it lies in the middle of two numbers of 53 bits
+        whole = (1 << 51) + low
+        norm = kernels.exact_norm([np.array([3 * whole + 4j * whole])], p)
+        assert as_fraction(norm) == round(Fraction(5 * whole, 2)) * 2
+
+
+def test_a_sum_of_magnitudes_above_a_tie_by_however_little_is_rounded_up():
+    above = kernels.exact_norm([np.array([2.0**53, 1, 5e-324 + 5e-324j])], 1.0)
+    assert as_fraction(above) == 2**53 + 2
+
+
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, 50.0, math.inf])
 @pytest.mark.parametrize("unit", [5e-324, 1e-300, 1.0, 1e300])
 def test_norms_of_equal_elements_by_hand(p, unit):

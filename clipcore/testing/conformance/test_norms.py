@@ -198,6 +198,20 @@ def test_an_infinite_limit_changes_nothing(backend: Backend, grads: list[Array],
     assert (float(report.scale), bool(report.clipped)) == (1.0, False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_complex_numbers_without_imaginary_parts_are_clipped_as_real_ones(
+    backend: Backend, dtype: str, p: float, seed: int
+) -> None:
+    inputs = [np.array(row, dtype) for row in np.random.default_rng(seed).standard_normal((20, 3))]
+    policy = cc.ClipByNorm(0.1, p=p)
+    wanted, _ = clip(backend, as_tensors(backend, inputs), policy)
+    turned = [array.astype("complex64" if dtype == "float32" else "complex128") for array in inputs]
+    clipped, _ = clip(backend, as_tensors(backend, turned), policy)
+    checks.assert_same_bits([np.array(x.real) for x in as_arrays(backend, clipped)], as_arrays(backend, wanted))
+
+
 @pytest.mark.parametrize("limit", [0.0, -0.0])
 @given(grads=lists_of(arrays()), policy=st.sampled_from([cc.ClipByGlobalNorm, cc.ClipByNorm]), p=norm_orders())
 def test_a_limit_of_zero_gives_zeros(backend: Backend, limit: float, grads: list[Array], policy: Any, p: float) -> None:

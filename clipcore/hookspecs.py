@@ -27,7 +27,11 @@ class HookSpecs:
 
     @hookspec
     def clipcore_root_modules(self) -> Sequence[str]:  # type: ignore[empty-body]
-        """Root modules of the types that the backend handles ("tensorflow", "keras"), importing none of them."""
+        """Root modules of the types that the backend handles ("tensorflow", "keras"), importing none of them.
+
+        A module that a backend is named like is that backend's, if it names it; two others that name one module are an
+        error as soon as an object of it is met.
+        """
 
     @hookspec
     def clipcore_backend(self) -> Backend:  # type: ignore[empty-body]

@@ -90,9 +90,14 @@ class Difference:
         object.__setattr__(self, "source", _in_tuples(self.source))
         object.__setattr__(self, "target", _in_tuples(self.target))
 
-    def __str__(self) -> str:
+    @property
+    def values(self) -> str:
+        """The setting and its two values, for a sentence about the layer."""
         values = f"the target has {self.target}, the source {self.source}"
-        text = f"{self.layer}: {self.setting}: {'not the same' if self.source == self.target else values}"
+        return f"{self.setting}: {'not the same' if self.source == self.target else values}"
+
+    def __str__(self) -> str:
+        text = f"{self.layer}: {self.values}"
         return f"{text}; {self.repair}" if self.repair else text
 
 

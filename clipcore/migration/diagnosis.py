@@ -127,5 +127,5 @@ def _why(inputs: Agreement, layer: Layer, differences: Sequence[Difference], sta
     idle = kind.training_settings if kind else ()
     found = [difference for difference in differences if difference.setting not in idle]
     if found:
-        return "; ".join(f"{d.setting}: the target has {d.target}, the source {d.source}" for d in found), False
+        return "; ".join(difference.values for difference in found), False
     return "inputs, weights and the known settings agree; the layer computes something else", False

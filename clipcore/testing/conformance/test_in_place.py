@@ -78,30 +78,26 @@ def test_one_memory_in_two_places_is_scaled_once(backend: Backend, mutable: bool
 
 
 @pytest.mark.parametrize("policy", [cc.ClipByGlobalNorm(1.0), cc.ClipByNorm(1.0)], ids=repr)
-def test_one_weight_in_two_places_counts_once(backend: Any, policy: cc.Policy) -> None:
-    if not hasattr(backend, "layers"):
-        pytest.skip(f"not offered: backend {backend.name!r} has no models, so no weights to limit")
-    model = backend.build_layer("linear", {"activation": None}, {"kernel": (1, 2), "bias": (1,)})
-    (layer,) = backend.layers(model)
+def test_one_weight_in_two_places_counts_once(models: Any, policy: cc.Policy) -> None:
+    model = models.build_layer("linear", {"activation": None}, {"kernel": (1, 2), "bias": (1,)})
+    (layer,) = models.layers(model)
     values = {"kernel": np.array([3.0, 4.0], np.float32), "bias": np.zeros(1, np.float32)}
-    backend.write(model, {t.name: values[role].reshape(t.shape) for role, t in layer.tensors.items()})
-    weights = backend.weights(model)
-    report = cc.clip_([*weights, *weights], policy, backend=backend.name)
+    models.write(model, {t.name: values[role].reshape(t.shape) for role, t in layer.tensors.items()})
+    weights = models.weights(model)
+    report = cc.clip_([*weights, *weights], policy, backend=models.name)
     checks.assert_norm(report.norm, 5.0)
 
 
 @pytest.mark.parametrize("policy", [cc.ClipByGlobalNorm(0.5), cc.ClipByNorm(0.5), cc.ClipByValue(0.25)], ids=repr)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_limiting_the_weights_of_a_model_gives_the_same_bits(backend: Any, policy: cc.Policy, seed: int) -> None:
-    if not hasattr(backend, "layers"):
-        pytest.skip(f"not offered: backend {backend.name!r} has no models, so no weights to limit")
+def test_limiting_the_weights_of_a_model_gives_the_same_bits(models: Any, policy: cc.Policy, seed: int) -> None:
     shapes = {"kernel": (3, 2), "bias": (3,)}
-    model = backend.build_layer("linear", {"activation": None}, shapes)
+    model = models.build_layer("linear", {"activation": None}, shapes)
     rng = np.random.default_rng(seed)
-    (layer,) = backend.layers(model)
+    (layer,) = models.layers(model)
     values = {t.name: rng.uniform(0.5, 1.0, t.shape).astype(np.float32) for t in layer.tensors.values()}
-    backend.write(model, values)
+    models.write(model, values)
     report = cc.limit_(model, policy)
     assert report.clipped
-    read = backend.read(model, list(values))
+    read = models.read(model, list(values))
     checks.assert_like_reference([np.array(read[name]) for name in values], policy, list(values.values()))

@@ -49,14 +49,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
-def models(backend: Any) -> Any:
-    """The backend, where it has models."""
-    if not hasattr(backend, "layers"):
-        pytest.skip(f"not offered: backend {backend.name!r} has no models; it ends with clipping, the first tier")
-    return backend
-
-
-@pytest.fixture(scope="module")
 def tracing(models: Any) -> Any:
     """The backend, where it can run models."""
     if not hasattr(models, "run"):

@@ -3,6 +3,7 @@
 The exact values are worked out by hand; NumPy's result stands for all backends, and each is compared with it.
 """
 
+import functools
 import math
 import sys
 
@@ -49,6 +50,7 @@ GLOBAL_NORM = {
     ),
     "an empty tensor": ([np.zeros(0, F32), np.array([3.0, 4.0], F32)], 1.0, [], 5.0),
     "10 million of 0.1": ([full(0.1, F32, 10**7)], 1.0, [1e7**-0.5] * 3, float(F32(0.1)) * 1e7**0.5),
+    "40 million of 0.1": ([full(0.1, F32, 4 * 10**7)], 1.0, [4e7**-0.5] * 3, float(F32(0.1)) * 4e7**0.5),
 }
 UNIT = {F16: 2**-11, BF16: 2**-8, F32: 2**-24, F64: 2**-53, C64: 2**-24}
 SMALLEST = {F16: 2**-25, BF16: 2**-134, F32: 2**-150, C64: 2**-150}
@@ -137,9 +139,17 @@ def test_what_is_in_range_comes_back_as_the_same_tensor(backend, row):
         assert not report.clipped
 
 
-def test_the_norm_of_ten_million_normal_numbers_is_exact_to_one_unit(backend):
-    array = np.random.default_rng(0).standard_normal(10**7, dtype=F32)
-    exact = math.sqrt(math.fsum((array.astype(F64) ** 2).tolist()))
+@functools.cache  # once for all backends
+def many_normal_numbers(count):
+    """So many numbers, and their norm from an exact sum of squares."""
+    array = np.random.default_rng(0).standard_normal(count, dtype=F32)
+    squares = (square for part in np.split(array, 100) for square in (part.astype(F64) ** 2).tolist())
+    return array, math.sqrt(math.fsum(squares))
+
+
+@pytest.mark.parametrize("count", [10**7, 4 * 10**7])
+def test_the_norm_of_many_normal_numbers_is_exact_to_one_unit(backend, count):
+    array, exact = many_normal_numbers(count)
     _, report = cc.clip(as_tensors(backend, [array]), cc.ClipByGlobalNorm(1.0))
     assert report.norm == pytest.approx(exact, rel=1e-14)
 

@@ -52,6 +52,15 @@ def assert_bitwise_equal(before, after):
         assert first.tobytes() == second.tobytes()
 
 
+def assert_proven_throughout(source, target, sample):
+    """Every row of the plan is proven, and after the migration both compute the same; the plan."""
+    plan = cc.plan(source, target, sample=sample)
+    assert {row.evidence for row in plan.rows} == {"proven"}
+    cc.migrate(source, target, plan=plan)
+    assert cc.verify(source, target, sample=sample, plan=plan).ok
+    return plan
+
+
 @st.composite
 def networks(draw):
     """A recipe that both frameworks can build: rank, channels, size, blocks, and what follows them."""
@@ -860,12 +869,9 @@ def test_a_narrow_source_is_compared_within_its_own_rounding_whatever_the_target
     x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
     x = torch.from_numpy(x).to(narrow).float().numpy() if rounded else x
     source, target = randomised(Gated(), 1).to(narrow), randomised(gated_in_keras(dtype=dtype), 2)
-    plan = cc.plan(source, target, sample=x)
+    plan = assert_proven_throughout(source, target, x)
     assert {row.target_layer: row.source_layer for row in plan.rows} == {"first": "k", "second": "q", "out": "o"}
-    assert {row.evidence for row in plan.rows} == {"proven"}
     assert not plan.differences
-    cc.migrate(source, target, plan=plan)
-    assert cc.verify(source, target, sample=x, plan=plan).ok
 
 
 def one_live_channel(activation="relu"):
@@ -1001,10 +1007,7 @@ def test_a_layer_that_is_called_twice_may_be_two_layers_of_the_other_model(share
             source.second.weight, source.second.bias = source.first.weight, source.first.bias
     elif shared in ("equal", "tied"):
         source.layers[-1].set_weights(source.layers[1].get_weights())
-    plan = cc.plan(source, target, sample=x)
-    assert {row.evidence for row in plan.rows} == {"proven"}
-    cc.migrate(source, target, plan=plan)
-    assert cc.verify(source, target, sample=x, plan=plan).ok
+    assert_proven_throughout(source, target, x)
 
 
 class Senses(nn.Module):
@@ -1036,10 +1039,7 @@ def test_of_several_inputs_those_that_are_images_have_their_channels_moved(conta
         (model, Senses(), np.moveaxis(IMAGE, 1, -1)),
     ):
         sample = container([image, SOUND])
-        plan = cc.plan(randomised(source, 1), randomised(target, 2), sample=sample)
-        assert {row.evidence for row in plan.rows} == {"proven"}
-        cc.migrate(source, target, plan=plan)
-        assert cc.verify(source, target, sample=sample, plan=plan).ok
+        assert_proven_throughout(randomised(source, 1), randomised(target, 2), sample)
 
 
 class Pixels(nn.Module):
@@ -1126,11 +1126,8 @@ def test_a_branch_of_small_weight_is_told_apart_by_execution_and_not_by_names_th
     x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
     source = randomised(Gated(strength=2e-4, rest=1.0), 1)
     target = randomised(gated_in_keras(names, strength=2e-4, rest=1.0), 2)
-    plan = cc.plan(source, target, sample=x)
+    plan = assert_proven_throughout(source, target, x)
     assert {row.target_layer: row.source_layer for row in plan.rows} == {names[0]: "k", names[1]: "q", "out": "o"}
-    assert {row.evidence for row in plan.rows} == {"proven"}
-    cc.migrate(source, target, plan=plan)
-    assert cc.verify(source, target, sample=x, plan=plan).ok
 
 
 class Residual(nn.Module):

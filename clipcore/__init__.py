@@ -6,9 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from clipcore.backend import Backend
+from clipcore.clipping.adaptive import AdaGC, AutoClip, SpikeClip, ZClip
 from clipcore.clipping.api import clip, clip_, clip_grads_, limit_
-from clipcore.clipping.policies import ClipByGlobalNorm, ClipByNorm, ClipByValue, Policy
+from clipcore.clipping.clipper import Clipper
+from clipcore.clipping.combine import Chain, PerGroup
+from clipcore.clipping.examples import PerExampleClip, QuantileClip
+from clipcore.clipping.limits import Box, MaxNorm, MinMaxNorm, SpectralLimit, UnitNorm
+from clipcore.clipping.policies import (
+    AdaptiveClip,
+    ClipByAverageNorm,
+    ClipByBlockRMS,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Policy,
+)
 from clipcore.clipping.report import ClipReport
+from clipcore.clipping.steps import apply_scale, combine, norm, scale_for
+from clipcore.clipping.together import clip_together
 from clipcore.errors import (
     BackendError,
     ClipcoreError,
@@ -19,7 +34,7 @@ from clipcore.errors import (
     NonFinite,
 )
 from clipcore.plugins import backend_of, backends, get_backend
-from clipcore.training import Attachment, attach, compile
+from clipcore.training import Attachment, attach, compile, per_example_grads, to_tensorboard
 
 if TYPE_CHECKING:
     from clipcore.hookspecs import hookimpl
@@ -33,14 +48,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaGC",
+    "AdaptiveClip",
     "Attachment",
+    "AutoClip",
     "Backend",
     "BackendError",
+    "Box",
+    "Chain",
+    "ClipByAverageNorm",
+    "ClipByBlockRMS",
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
     "ClipReport",
     "ClipcoreError",
+    "Clipper",
     "Delta",
     "Difference",
     "Divergence",
@@ -48,26 +71,42 @@ __all__ = [
     "InvalidPolicy",
     "LayerAgreement",
     "MappingError",
+    "MaxNorm",
     "MigratedTensor",
     "MigrationError",
     "MigrationResult",
+    "MinMaxNorm",
     "NonFinite",
+    "PerExampleClip",
+    "PerGroup",
     "Plan",
     "Policy",
+    "QuantileClip",
     "Row",
+    "SpectralLimit",
+    "SpikeClip",
+    "UnitNorm",
     "Verification",
+    "ZClip",
+    "apply_scale",
     "attach",
     "backend_of",
     "backends",
     "clip",
     "clip_",
     "clip_grads_",
+    "clip_together",
+    "combine",
     "compile",
     "get_backend",
     "hookimpl",
     "limit_",
     "migrate",
+    "norm",
+    "per_example_grads",
     "plan",
+    "scale_for",
+    "to_tensorboard",
     "verify",
 ]
 

@@ -7,13 +7,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from clipcore.clipping.report import ClipReport
 
 NonFiniteMode = Literal["propagate", "raise", "zero", "skip"]
+
+
+Axes = tuple[int, ...]  # axes of a tensor, counted from the first
+
+
+class Memory(NamedTuple):
+    """Where contiguous tensors of one dtype lie in the CPU's memory.
+
+    Attributes:
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        addresses: of the first element of each, in bytes, int64.
+        sizes: the number of elements of each, int64.
+    """
+
+    dtype: str
+    addresses: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[self.dtype]
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every tensor starts at a multiple of its elements' size."""
+        return not (self.addresses % self.itemsize).any()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two tensors have an element in common."""
+        order = np.argsort(self.addresses, kind="stable")
+        starts, sizes = self.addresses[order], self.sizes[order]
+        return bool((starts[:-1] + sizes[:-1] * self.itemsize > starts[1:]).any())
+
+
+class Arithmetic(Protocol):
+    """Functions of the numbers that norms and states are: float64 or integer arrays, or tensors, of few elements.
+
+    Each does what NumPy's function of its name does; operators work on the numbers as they are.
+    """
+
+    def array(self, value: Any) -> Any: ...
+    def where(self, condition: Any, yes: Any, no: Any) -> Any: ...
+    def sqrt(self, x: Any) -> Any: ...
+    def exp(self, x: Any) -> Any: ...
+    def hypot(self, x: Any, y: Any) -> Any: ...
+    def minimum(self, x: Any, y: Any) -> Any: ...
+    def maximum(self, x: Any, y: Any) -> Any: ...
+    def mean(self, x: Any) -> Any: ...
+    def arange(self, count: int) -> Any: ...
+
+    def percentile(self, values: Any, count: Any, q: float) -> Any:
+        """numpy.percentile of the first `count` values, which are at least one."""
+
+    def take(self, values: Any, places: Sequence[int]) -> Any:
+        """The values at these places of a vector."""
+
+    def put(self, values: Any, places: Sequence[int], new: Any) -> Any:
+        """The vector with other values at these places; it is not modified."""
 
 
 class Primitives(Protocol):
@@ -24,29 +84,96 @@ class Primitives(Protocol):
     branch on data in Python, never wait for a device, and are within 1 ulp of the tensor's dtype.
     """
 
-    def measure(self, tensors: Sequence[Any], p: float, *, zero_nonfinite: bool) -> tuple[list[Any], Any]:
-        """The joint p-norm of `tensors`, and how many elements are not finite, as a value that `decide` takes.
+    arithmetic: Arithmetic
 
-        With `zero_nonfinite` those elements count as 0, and the returned tensors have 0 in their place; else the
-        tensors come back as they are.
+    def adopt(self, value: Any, like: Any) -> Any:
+        """A number or array of a state as these primitives take it, on the device of the tensor `like` (or None)."""
+
+    def measure(
+        self, tensors: Sequence[Any], p: float, axes: Sequence[Axes] | None = None, *, zero_nonfinite: bool = False
+    ) -> tuple[list[Any], Any]:
+        """The p-norm of each tensor, or, with p = 2, of each unit of it; and how many elements are not finite.
+
+        Args:
+            axes: of each tensor, those that run over its units; () where it is one unit.
+            zero_nonfinite: those elements count as 0, and the returned tensors have 0 in their place; else the tensors
+                come back as they are.
+        Returns:
+            (tensors, measure): a measure that `join`, `norms`, `decide` and `report` take; its attribute `nonfinite` is
+            the count.
         """
 
-    def decide(
-        self, measures: Sequence[Any], max_norm: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[Any], ClipReport]:
-        """One factor per measure: 1 where norm <= max_norm, else max_norm / norm.
+    def measure_spectra(
+        self, tensors: Sequence[Any], axes: Sequence[Axes], *, exact: bool, zero_nonfinite: bool = False
+    ) -> tuple[list[Any], Any]:
+        """As `measure`, the largest singular value of each tensor as a matrix of units; inexact by power iteration."""
 
-        Where any measure counts non-finite elements: all NaN for "propagate", all 0 for "skip", and NonFinite is
-        raised for "raise".
+    def join(self, measure: Any) -> Any:
+        """The joint norm of all tensors; of units, unit by unit, all tensors having as many."""
+
+    def norms(self, measure: Any, against: tuple[Any, float] | None = None) -> Any:
+        """The norms as a vector of float64: tensor by tensor, unit by unit; the largest float64 where one is beyond.
+
+        Args:
+            against: another measure, and the number by which these norms become its limits: on a CPU they are exact
+                where it depends on them what is decided.
         """
+
+    def decide(self, measure: Any, limits: Any, nonfinite: NonFiniteMode, *, at_least: float = 0.0) -> Any:
+        """One factor per norm: limit / norm where norm > limit, at_least / norm where 0 < norm < at_least, else 1.
+
+        Where the measure counts non-finite elements, unless they count as 0: all NaN for "propagate", all 0 for "skip",
+        and NonFinite is raised for "raise".
+        Args:
+            limits: one number, or one per norm.
+        """
+
+    def uniform(self, factor: float, tensors: Sequence[Any]) -> Any:
+        """A scale with one factor for all of these tensors."""
+
+    def choose(self, condition: Any, yes: tuple[Any, Any], no: tuple[Any, Any]) -> tuple[Any, ClipReport]:
+        """Of two pairs (scale, measure), the one that the condition says, with its factors tensor by tensor: the scale,
+        and the report. One of the two may be joint.
+        """
+
+    def factors(self, scale: Any) -> Any:
+        """The factors as a vector of float64: tensor by tensor, unit by unit."""
 
     def apply(self, tensors: Sequence[Any], scale: Any) -> list[Any]:
-        """Each tensor times one factor of `decide`: unchanged for 1, zeros for 0 and NaN for NaN, whatever it held."""
+        """Each tensor, or unit, times its factor: unchanged for 1, zeros for 0 and NaN for NaN, whatever it held."""
 
-    def clamp(
-        self, tensors: Sequence[Any], low: float, high: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[Any], ClipReport]:
-        """Each element bounded to [low, high], a bound rounded to the tensor's dtype (a finite one stays finite)."""
+    def within(
+        self, tensors: Sequence[Any], measure: Any, limits: Any, nonfinite: NonFiniteMode
+    ) -> tuple[list[Any], Any]:
+        """`decide` and `apply`, with factors for which what is stored keeps the limits: on a CPU the largest ones."""
+
+    def report(self, measure: Any, scale: Any) -> ClipReport:
+        """What was measured and decided."""
+
+    def screen(self, tensors: Sequence[Any], nonfinite: NonFiniteMode, *, nan_alone: bool) -> tuple[list[Any], Any]:
+        """(tensors, number of elements that are inf or NaN): 0 in their place under "zero", NonFinite under "raise"."""
+
+    def clamp(self, tensors: Sequence[Any], low: float, high: float) -> tuple[list[Any], Any]:
+        """Each element bounded to [low, high], a bound rounded to the tensor's dtype (a finite one stays finite); and
+        whether any was outside.
+        """
+
+    def spike(
+        self, tensors: Sequence[Any], moments: Sequence[Any], threshold: float, decay: float, acts: Any
+    ) -> tuple[list[Any], list[Any], Any]:
+        """Where `acts`, elements with g**2 > threshold * moment become sign(g) * sqrt(threshold * moment); the moments
+        decay * moment + (1 - decay) * g**2 of what is stored, in float64 and rounded to the moments' dtype; and whether
+        any element was changed.
+        """
+
+    def overrule(self, tensors: Sequence[Any], faults: Any, nonfinite: NonFiniteMode) -> list[Any]:
+        """All NaN under "propagate" and all 0 under "skip" where there are faults, else the tensors."""
+
+    def summary(self, tensors: Sequence[Any], faults: Any, nonfinite: NonFiniteMode) -> ClipReport:
+        """The report on tensors before they are bounded element by element; `clipped` where faults overrule that."""
+
+    def total(self, tensors: Sequence[Any]) -> list[Any]:
+        """The sum of each tensor over its first axis, in float64, rounded once."""
 
 
 @runtime_checkable
@@ -76,6 +203,16 @@ class Backend(Protocol):
         With `writable`, writing into the arrays must change the tensors; None where it would not.
         """
 
+    def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> Memory | None:
+        """Where the tensors lie, if they are ordinary: all on the CPU, contiguous, of one real floating dtype.
+
+        A short cut for many tensors, taken in place of every check and of `to_host`; None sends the call there. With
+        `writable`, they may be written.
+        """
+
+    def written(self, tensors: Sequence[Any]) -> None:
+        """Called after the memory of tensors was written: tells the framework what it would not see (autograd)."""
+
     def from_host(self, array: np.ndarray, like: Any) -> Any:
         """A tensor with the values of `array`, of the class of `like` (its device, sparsity and indices).
 
@@ -83,17 +220,28 @@ class Backend(Protocol):
         It may take the array's memory as its own: the caller gives it up. Fresh arrays are aligned to 64 bytes.
         """
 
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        """A tensor's values as a dense array, of any device, waiting for it, and under differentiation as well;
+        possibly a view of its memory.
+        """
+
+    def detached(self, tensor: Any) -> Any:
+        """The tensor, its memory and not a copy, out of sight of what differentiates."""
+
+    def to_dense(self, tensor: Any) -> Any:
+        """A sparse tensor as a dense one, duplicates summed; a dense one itself."""
+
     def primitives(self) -> Primitives:
         """The framework's own primitives, for tensors that `to_host` cannot show."""
 
     def assign_(self, tensor: Any, value: Any) -> None:
         """Overwrite `tensor` with the tensor `value`, in place; InvalidInput where tensors of this class cannot be."""
 
-    def gradients(self, model_or_params: Any) -> list[Any]:
-        """The gradients that the framework keeps beside the parameters, each once, for clipping in place."""
+    def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
+        """(parameters, the gradients that the framework keeps beside them, None where there is none), each once."""
 
     def weights(self, model_or_params: Any) -> list[Any]:
-        """The trainable tensors of a model (never running statistics), each once, for limiting in place."""
+        """The trainable tensors of a model (never running statistics), each once: those that `parameters` names."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +284,9 @@ class ModelBackend(Backend, Protocol):
     def is_model(self, obj: Any) -> bool:
         """Whether `obj` is a model of this framework."""
 
+    def parameters(self, model: Any) -> dict[str, Any]:
+        """The model's parameters by the names that `layers` gives them, each once, frozen ones too."""
+
     def load_model(self, factory: Any, weights: str | None) -> Any:
         """Call `factory`, and load the framework's own weight file into the model where one is named."""
 
@@ -165,11 +316,14 @@ class ModelBackend(Backend, Protocol):
 class TrainingBackend(Backend, Protocol):
     """Optimizers that a policy can be attached to."""
 
-    def attach(self, optimizer: Any, policy: Any, model: Any) -> Any:
+    def attach(self, optimizer: Any, policy: Any, model: Any, on_report: Any) -> Any:
         """A `clipcore.training.Attachment`: from now on every step's gradients are clipped, see `clipcore.attach`."""
 
-    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Any) -> tuple[Any, Any, Any]:
+    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Any, on_report: Any) -> tuple[Any, Any, Any]:
         """See `clipcore.compile`."""
+
+    def per_example_grads(self, model: Any, loss_fn: Any, batch: tuple[Any, Any]) -> dict[str, Any]:
+        """See `clipcore.per_example_grads`."""
 
 
 class Watcher(Protocol):
@@ -192,9 +346,6 @@ class TracingBackend(ModelBackend, Protocol):
         sample: an array or tensor, a tuple of positional arguments, or a dict (keyword arguments of a torch module;
             the one dict input of a Keras or TensorFlow model).
         """
-
-    def to_array(self, tensor: Any) -> np.ndarray:
-        """The values of a tensor on any device, also of one under differentiation, possibly as a view of its memory."""
 
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """The shapes that the model declares for its inputs (None for a free axis); None where it declares none."""

@@ -34,10 +34,25 @@ class NumpyBackend:
                 raise InvalidInput("a read-only array or NumPy scalar cannot be clipped in place; use cc.clip")
         return [np.asarray(tensor) for tensor in tensors]
 
+    def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> None:
+        """None: arrays are what `to_host` gives, and no slower to look at."""
+
+    def written(self, tensors: Sequence[Any]) -> None:
+        """Nothing: nobody keeps arrays for later."""
+
     def from_host(self, array: np.ndarray, like: Any) -> Any:
         if isinstance(like, np.generic):
             return array[()]
         return array if like is None else like.__array_wrap__(array)
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        return np.asarray(tensor)
+
+    def detached(self, tensor: Any) -> Any:
+        return tensor
+
+    def to_dense(self, tensor: Any) -> Any:
+        return tensor
 
     def primitives(self) -> HostPrimitives:
         return HostPrimitives()
@@ -45,7 +60,7 @@ class NumpyBackend:
     def assign_(self, tensor: Any, value: Any) -> None:
         tensor[...] = value
 
-    def gradients(self, model_or_params: Any) -> list[Any]:
+    def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
         raise InvalidInput("NumPy keeps no gradients beside parameters; use cc.clip(grads, policy)")
 
     def weights(self, model_or_params: Any) -> list[Any]:

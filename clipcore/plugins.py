@@ -97,10 +97,15 @@ def _load(name: str) -> str:
     return name
 
 
+# AutoGraph, which goes through what a tf.function calls, leaves it as it is: it would warn of code in pluggy
+_load.autograph_info__ = {}  # type: ignore[attr-defined]
+
+
 def _load_for(cls: type) -> str:
     """Make sure that the backend that handles instances of `cls` is in `_backends`; its name."""
     for base in cls.__mro__:
-        if (owner := _owner(base.__module__.partition(".")[0])) is not None:
+        owner = _owner(base.__module__.partition(".")[0])
+        if owner is not None:
             return _load(owner)
     place = f"{cls.__module__}.{cls.__qualname__}"
     known = f"(installed: {', '.join(backends())})"
@@ -157,7 +162,8 @@ def _claims(name: str) -> tuple[str, ...]:
 
 def _plugin(name: str) -> object:
     """Import the plugin of that name, once."""
-    if (plugin := _manager().get_plugin(name)) is not None:
+    plugin = _manager().get_plugin(name)
+    if plugin is not None:
         return plugin
     entries = {
         (entry.value, entry.dist.name if entry.dist else "?"): entry for entry in _entry_points() if entry.name == name

@@ -11,16 +11,31 @@ from typing import Any
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf) for every leaf of nested lists, tuples and dicts; `None` is no leaf."""
-    if tree is None:
-        return
+    return ((place, leaf) for place, leaf in places(tree, path) if leaf is not None)
+
+
+def places(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) for every place of a leaf in nested lists, tuples and dicts, those that hold `None` too."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from leaves(value, f"{path}[{key!r}]")
+            yield from places(value, f"{path}[{key!r}]")
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from leaves(value, f"{path}[{index}]")
+            yield from places(value, f"{path}[{index}]")
     else:
         yield path, tree
+
+
+def keys(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield, for every place that `places` yields, the keys and indices that lead to it."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from keys(value, (*before, key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from keys(value, (*before, index))
+    else:
+        yield before
 
 
 def rebuild(tree: Any, new_leaves: Iterator[Any]) -> Any:

@@ -8,27 +8,36 @@ from typing import Any
 import numpy as np
 
 from clipcore.backend import Backend
+from clipcore.clipping.call import Call, all_places, check_state, owner_of
+from clipcore.clipping.given import State, map_state
 from clipcore.clipping.host import HostPrimitives
-from clipcore.clipping.kernels import MULTIPLY_DTYPE, extent, not_finite
-from clipcore.clipping.policies import Policy, check_policy
+from clipcore.clipping.kernels import extent, not_finite
+from clipcore.clipping.lists import Arrays
+from clipcore.clipping.policies import Policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import BackendError, InvalidInput, NonFinite
-from clipcore.plugins import backend_of, get_backend
-from clipcore.structure import leaves, rebuild
+from clipcore.plugins import backend_of
+from clipcore.structure import rebuild
 
 
-def clip(grads: Any, policy: Policy, *, backend: str | None = None) -> tuple[Any, ClipReport]:
+def clip(
+    grads: Any, policy: Policy, *, params: Any = None, model: Any = None, backend: str | None = None
+) -> tuple[Any, ClipReport]:
     """Bound gradients by a policy; the input is never modified.
 
     Args:
         grads: a floating tensor of any installed backend, or lists, tuples and dicts of them, nested at will; `None`
             entries pass through. All tensors are of one backend. Sparse tensors come out with duplicates summed.
-        policy: what bounds them.
+        policy: what bounds them; one that learns from step to step is held in a `Clipper`.
+        params: the weights beside the gradients, in the same structure, where the policy compares the two.
+        model: the model that the gradients are of, for policies that ask for names or layouts: gradients in the order
+            of its trainable weights, or a dict by their names. It stands for `params` as well.
         backend: its name, where it shall not be found from the tensors.
     Returns:
         (clipped, report): the same structure, shapes and dtypes; a tensor that is in range is the same object.
     Raises:
-        InvalidInput: something in `grads` is no floating tensor, or tensors of two backends are mixed.
+        InvalidInput: something in `grads` is no floating tensor, tensors of two backends are mixed, or the policy
+            needs params or a model, and these are missing or do not fit.
         NonFinite: an element is inf or NaN and the policy says "raise".
 
     >>> import numpy as np
@@ -37,17 +46,20 @@ def clip(grads: Any, policy: Policy, *, backend: str | None = None) -> tuple[Any
     >>> clipped["w"], report.norm, report.clipped
     (array([0.6, 0.8]), 5.0, True)
     """
-    paths, tensors, owner = _check(grads, policy, backend)
-    bounded, report = _bound(paths, tensors, policy, owner)
-    return rebuild(grads, iter(bounded)), report
+    call = Call.of(grads, policy, params, model, backend)
+    bounded, _, report = bound(call, policy, no_state(call, policy))
+    return rebuilt(call, grads, bounded), report
 
 
-def clip_(grads: Any, policy: Policy, *, backend: str | None = None) -> ClipReport:
+def clip_(
+    grads: Any, policy: Policy, *, params: Any = None, model: Any = None, backend: str | None = None
+) -> ClipReport:
     """Bound gradients by a policy in place, where the backend's tensors are mutable; one memory is scaled once.
 
     Args:
         grads: as for `clip`, but parameters of a model are refused: `clip_grads_` is for their gradients, `limit_`
             for their values.
+        policy, params, model, backend: as for `clip`.
     Returns:
         The report.
     Raises:
@@ -61,14 +73,9 @@ def clip_(grads: Any, policy: Policy, *, backend: str | None = None) -> ClipRepo
     >>> grads
     [array([0.6, 0.8])]
     """
-    paths, tensors, owner = _check(grads, policy, backend)
-    for path, tensor in zip(paths, tensors, strict=True):
-        if owner.is_parameter(tensor):
-            raise InvalidInput(
-                f"grads{path} is a parameter: cc.clip_grads_ clips the gradients of parameters, "
-                f"cc.limit_ limits their values"
-            )
-    return _bound_in_place(paths, tensors, policy, owner)
+    call = Call.of(grads, policy, params, model, backend, writable=True)
+    refuse_parameters(call)
+    return bound_in_place(call, policy, no_state(call, policy))[1]
 
 
 def clip_grads_(model_or_params: Any, policy: Policy) -> ClipReport:
@@ -76,6 +83,7 @@ def clip_grads_(model_or_params: Any, policy: Policy) -> ClipReport:
 
     Args:
         model_or_params: a model, a parameter, or an iterable of parameters; those without a gradient are passed over.
+        policy: what bounds them; of a model it may ask for names and layouts.
     Returns:
         The report, over the gradients in the order of the parameters.
     Raises:
@@ -84,7 +92,9 @@ def clip_grads_(model_or_params: Any, policy: Policy) -> ClipReport:
     model_or_params, owner = _model_or_params(model_or_params)
     if owner is None:
         return clip_([], policy)
-    return clip_(owner.gradients(model_or_params), policy, backend=owner.name)
+    model = None if isinstance(model_or_params, list) else model_or_params
+    params, grads = owner.gradients(model_or_params)
+    return clip_(grads, policy, params=params, model=model, backend=owner.name)
 
 
 def limit_(model_or_params: Any, limit: Policy) -> ClipReport:
@@ -92,7 +102,7 @@ def limit_(model_or_params: Any, limit: Policy) -> ClipReport:
 
     Args:
         model_or_params: a model, or an iterable of parameters.
-        limit: the rule, acting on the weights as a policy acts on gradients.
+        limit: the rule, acting on the weights as a policy acts on gradients; of a model it may ask for layouts.
     Returns:
         The report, over the weights in the order in which the model lists them.
     Raises:
@@ -101,8 +111,58 @@ def limit_(model_or_params: Any, limit: Policy) -> ClipReport:
     model_or_params, owner = _model_or_params(model_or_params)
     if owner is None:
         return clip_([], limit)
-    paths, tensors, owner = _check(owner.weights(model_or_params), limit, owner.name)
-    return _bound_in_place(paths, tensors, limit, owner)
+    model = None if isinstance(model_or_params, list) else model_or_params
+    weights = owner.weights(model_or_params)
+    call = Call.of([owner.detached(weight) for weight in weights], limit, weights, model, owner.name, writable=True)
+    return bound_in_place(call, limit, no_state(call, limit))[1]
+
+
+def init(policy: Policy, grads: Any, params: Any, *, model: Any = None, backend: str | None = None) -> State:
+    """See `Policy.init`."""
+    return policy.start(Call.of(grads, policy, params, model, backend).specs())
+
+
+def update(
+    policy: Policy, grads: Any, state: State, params: Any, *, model: Any = None, backend: str | None = None
+) -> tuple[Any, State, ClipReport]:
+    """See `Policy.update`."""
+    call = Call.of(grads, policy, params, model, backend)
+    check_state(policy, state, call.specs())
+    bounded, state, report = bound(call, policy, state)
+    return rebuilt(call, grads, bounded), state, report
+
+
+def rebuilt(call: Call, grads: Any, bounded: Sequence[Any]) -> Any:
+    """The caller's structure with the results in it."""
+    return rebuild(grads, iter(bounded)) if call.memory is None else type(grads)(bounded)
+
+
+def refuse_parameters(call: Call) -> None:
+    """Refuse parameters where gradients are meant: both are tensors, and only one is to be clipped in place."""
+    for path, tensor in zip(call.paths, call.tensors, strict=True) if call.memory is None else ():
+        if call.owner.is_parameter(tensor):
+            raise InvalidInput(
+                f"grads{path} is a parameter: cc.clip_grads_ clips the gradients of parameters, "
+                f"cc.limit_ limits their values"
+            )
+
+
+def refuse_other_shapes(policy: Policy, remedy: str) -> None:
+    """Refuse a policy whose results have other shapes than the tensors that they shall take the place of."""
+    if not policy.keeps_shapes:
+        raise InvalidInput(f"{type(policy).__name__} sums over examples, so that its result has no place: {remedy}")
+
+
+def no_state(call: Call, policy: Policy) -> State:
+    """The state of a policy that has none, its parts' names checked; one that has is refused."""
+    if policy.stateful:
+        name = type(policy).__name__
+        raise InvalidInput(
+            f"{name} learns from step to step, and one call alone teaches it nothing: hold it in a "
+            f"cc.Clipper({name}(…)), which has the verbs of cc, attach it to the optimizer, or keep its state yourself "
+            f"with policy.update"
+        )
+    return policy.start(call.specs()) if policy.members else {}
 
 
 def _model_or_params(model_or_params: Any) -> tuple[Any, Backend | None]:
@@ -117,111 +177,104 @@ def _model_or_params(model_or_params: Any) -> tuple[Any, Backend | None]:
                     f"model_or_params is of type {type(model_or_params).__name__}; expected a model or its parameters, "
                     f"say model.parameters(): {err}"
                 ) from err
-    pairs = _leaves(list(model_or_params))
-    return [param for _, param in pairs], _owner(pairs[0][1], f"params{pairs[0][0]}") if pairs else None
+    pairs = [(path, param) for path, param in all_places(list(model_or_params)) if param is not None]
+    return [param for _, param in pairs], owner_of(pairs[0][1], f"params{pairs[0][0]}") if pairs else None
 
 
-def _check(grads: Any, policy: Policy, name: str | None) -> tuple[list[str], list[Any], Backend]:
-    """Paths and tensors of a structure, and their one backend; everything a caller can get wrong is refused here."""
-    check_policy(policy)
-    pairs = _leaves(grads)
-    paths, tensors = [path for path, _ in pairs], [tensor for _, tensor in pairs]
-    owner = get_backend(name) if name or not tensors else _owner(tensors[0], f"grads{paths[0]}")
-    for path, tensor in pairs:
-        if not owner.is_tensor(tensor):
-            raise InvalidInput(_stranger(path, tensor, "" if path == paths[0] else f"grads{paths[0]}", owner))
-        try:
-            dtype = owner.dtype_name(tensor)
-        except InvalidInput as err:
-            raise InvalidInput(f"grads{path} is {err}") from err
-        if dtype not in MULTIPLY_DTYPE:
-            raise InvalidInput(f"grads{path} has dtype {dtype}; expected one of {', '.join(MULTIPLY_DTYPE)}")
-        if dtype.startswith("complex") and not policy.complex_allowed:
-            raise InvalidInput(
-                f"grads{path} has dtype {dtype}; {type(policy).__name__} takes real ones: clip by a norm"
-            )
-    return paths, tensors, owner
+def bound(
+    call: Call, policy: Policy, state: State, *, owns_state: bool = False
+) -> tuple[Sequence[Any], State, ClipReport]:
+    """Bound the tensors of a call: (results, the state after it, the report).
 
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    try:
-        return list(leaves(tree))
-    except RecursionError as err:
-        raise InvalidInput(
-            f"this {type(tree).__name__} contains itself, or is nested without end; expected tensors, or lists, tuples "
-            f"and dicts of them"
-        ) from err
-
-
-def _owner(tensor: Any, place: str) -> Backend:
-    try:
-        return backend_of(tensor)
-    except BackendError as err:
-        raise InvalidInput(f"{place} is {tensor!r:.60}, no tensor of an installed backend: {err}") from err
-
-
-def _stranger(path: str, tensor: Any, first: str, owner: Backend) -> str:
-    try:
-        other = backend_of(tensor).name
-    except BackendError:
-        kind = type(tensor).__name__
-        return f"grads{path} is {tensor!r:.60} of type {kind}; expected a tensor of backend {owner.name!r}"
-    if other == owner.name:
-        return f"grads{path} is of type {type(tensor).__name__}; expected tensors, or lists, tuples and dicts of them"
-    if not first:
-        return f"grads{path} is a tensor of backend {other!r}, and backend={owner.name!r} was asked for; leave it out"
-    return (
-        f"grads{path} is a tensor of backend {other!r}, and {first} of {owner.name!r}: cc.clip takes one framework per "
-        f"call; cc.clip_together holds several under one bound"
-    )
-
-
-def _bound(
-    paths: Sequence[str], tensors: Sequence[Any], policy: Policy, owner: Backend
-) -> tuple[list[Any], ClipReport]:
-    arrays = owner.to_host(tensors)
-    if arrays is None:
-        return policy.bound(tensors, owner.primitives())
-    bounded, report = _bound_arrays(paths, arrays, policy, HostPrimitives())
+    Args:
+        owns_state: whether the state may be overwritten.
+    """
+    owner = call.owner
+    arrays, params = _host_arrays(call), call.params
+    beside = owner.to_host(params) if params is not None else None
+    if arrays is None or (params is not None and beside is None):
+        primitives = owner.primitives()
+        like = call.tensors[0] if call.tensors else None
+        state = map_state(lambda value: primitives.adopt(value, like), state)
+        return policy.bound(call.given(call.tensors, params, primitives), state)
+    bounded, state, report = bound_arrays(call, arrays, beside, policy, state, HostPrimitives(owns_state=owns_state))
+    if bounded is arrays:
+        return call.tensors, state, report
     clipped = [
         tensor if result is array else owner.from_host(result, tensor)
-        for tensor, array, result in zip(tensors, arrays, bounded, strict=True)
+        for tensor, array, result in zip(call.tensors, arrays, bounded, strict=True)
     ]
-    return clipped, report
+    return clipped, state, report
 
 
-def _bound_in_place(paths: Sequence[str], tensors: Sequence[Any], policy: Policy, owner: Backend) -> ClipReport:
-    seen: dict[int, tuple[str, Any]] = {}
-    for path, tensor in zip(paths, tensors, strict=True):
-        seen.setdefault(id(tensor), (path, tensor))
-    paths, tensors = [path for path, _ in seen.values()], [tensor for _, tensor in seen.values()]
-    written = owner.to_host(tensors, writable=True)
-    arrays = owner.to_host(tensors) if written is None else written
-    if arrays is not None:  # wherever memory can be seen, views of it are known, even where it is written otherwise
-        places = _one_per_memory(paths, arrays)
-        paths, tensors = [paths[i] for i in places], [tensors[i] for i in places]
-        if written is not None:
-            arrays = [arrays[i] for i in places]
-            return _bound_arrays(paths, arrays, policy, HostPrimitives(in_place=True))[1]
-    bounded, report = _bound(paths, tensors, policy, owner)
-    for tensor, result in zip(tensors, bounded, strict=True):
+def _host_arrays(call: Call, *, writable: bool = False) -> Sequence[np.ndarray] | None:
+    if call.memory is None:
+        return call.owner.to_host(call.tensors, writable=writable)
+
+    def array_of(place: int) -> np.ndarray:
+        arrays = call.owner.to_host([call.tensors[place]], writable=writable)
+        assert arrays is not None
+        return arrays[0]
+
+    return Arrays(call.memory, array_of)
+
+
+def _once(call: Call) -> Call:
+    """The call with each tensor, and each memory wherever it can be seen, once."""
+    memory = call.owner.memory(call.tensors, writable=True)
+    if memory is not None and not memory.overlaps:
+        return call
+    first = {id(tensor): place for place, tensor in reversed(list(enumerate(call.tensors)))}
+    if len(first) < len(call.tensors):
+        call = call.pick(sorted(first.values()))
+    # looked at out of sight of what differentiates: their memory is the same
+    arrays = call.owner.to_host([call.owner.detached(tensor) for tensor in call.tensors])
+    chosen = range(len(call.tensors)) if arrays is None else _one_per_memory(call.paths, arrays)
+    return call if len(chosen) == len(call.tensors) else call.pick(chosen)
+
+
+def bound_in_place(call: Call, policy: Policy, state: State, *, owns_state: bool = False) -> tuple[State, ClipReport]:
+    """Bound the tensors of a call in place: (the state after it, the report); see `bound`."""
+    owner = call.owner
+    refuse_other_shapes(policy, "use cc.clip")
+    if call.memory is None:
+        call = _once(call)
+    arrays, params = _host_arrays(call, writable=True), call.params
+    beside = owner.to_host(params) if params is not None else None
+    # a policy that acts part by part could find a fault when others are written
+    all_or_nothing = policy.nonfinite == "raise" and (policy.members or policy.asks)
+    if arrays is not None and (params is None or beside is not None) and not all_or_nothing:
+        primitives = HostPrimitives(in_place=True, owns_state=owns_state)
+        _, state, report = bound_arrays(call, arrays, beside, policy, state, primitives)
+        if report.clipped or report.nonfinite:
+            owner.written(call.tensors)
+        return state, report
+    bounded, state, report = bound(call, policy, state, owns_state=owns_state)
+    for tensor, result in zip(call.tensors, bounded, strict=True):
         if result is not tensor:
             owner.assign_(tensor, result)
-    return report
+    return state, report
 
 
-def _bound_arrays(
-    paths: Sequence[str], arrays: Sequence[np.ndarray], policy: Policy, primitives: HostPrimitives
-) -> tuple[list[np.ndarray], ClipReport]:
+def bound_arrays(
+    call: Call,
+    arrays: Sequence[np.ndarray],
+    params: Sequence[np.ndarray] | None,
+    policy: Policy,
+    state: State,
+    primitives: HostPrimitives,
+) -> tuple[Sequence[np.ndarray], State, ClipReport]:
+    """Bound the memory of the tensors of a call; a fault is named with its place."""
     try:
-        return policy.bound(arrays, primitives)
+        with np.errstate(over="ignore"):  # a number beyond float64 is the policy's to judge
+            return policy.bound(call.given(arrays, params, primitives), map_state(np.asarray, state))
     except NonFinite as err:
         is_fault = np.isnan if policy.infinities_allowed else not_finite
-        faulty = [f"grads{p}" for p, array in zip(paths, arrays, strict=True) if is_fault(array).any()]
-        raise NonFinite(
-            f"{err} (first in {faulty[0]}, {len(faulty)} of {len(arrays)} tensors), and the policy has "
-            f"nonfinite='raise'; nothing was changed"
-        ) from err
+        faulty = [f"grads{p}" for p, array in zip(call.paths, arrays, strict=True) if is_fault(array).any()]
+        where = (
+            f"first in {faulty[0]}, {len(faulty)} of {len(arrays)} tensors" if faulty else "after its first policies"
+        )
+        raise NonFinite(f"{err} ({where}), and the policy has nonfinite='raise'; nothing was changed") from err
 
 
 def _one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[int]:

@@ -3,114 +3,373 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from clipcore.backend import NonFiniteMode
-from clipcore.clipping import kernels
-from clipcore.clipping.kernels import Array, Interval, Wide
+from clipcore.backend import Axes, NonFiniteMode
+from clipcore.clipping import kernels, lists
+from clipcore.clipping.kernels import Array, Wide
+from clipcore.clipping.largest import largest_factors
+from clipcore.clipping.lists import Places
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import NonFinite
 
-_ONE = Wide(1.0, 0)  # deliberately not normalised: "in range" differs from a factor that rounds to one
-_FAULT_SCALES = {"propagate": Wide(math.nan, 0), "skip": Wide(0.0, 0)}
+Norm = float | Literal["svd", "power"]  # a p-norm, or the largest singular value and how it is found
+
+_FAULT_FACTORS = {"propagate": math.nan, "skip": 0.0}
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """Bounds of the norm of some arrays, and what it takes to know it exactly."""
+class Measure:
+    """Norms as the fast sum has them, and what it takes to know them exactly.
 
-    bounds: Interval | None
-    nonfinite: int
+    Attributes:
+        norms: to a relative error of `kernels.RELATIVE_ERROR`; NaN where an element is inf or NaN.
+        places: of each array, where the norms of its units stand; arrays that were joined share them.
+        arrays: the arrays that were measured.
+        axes: of each array, the axes that run over its units; () where the array is one unit.
+        nonfinite: how many elements are inf or NaN.
+    """
+
+    norms: Wide
+    places: Places
     arrays: Sequence[Array]
-    p: float
+    axes: Sequence[Axes]
+    p: Norm
+    nonfinite: int = 0
 
-    def scale(self, max_norm: float) -> tuple[Wide, Wide]:
-        """(norm, factor), summing again exactly where the fast sum leaves the rounded factor open."""
-        assert self.bounds is not None
-        if max_norm == math.inf:
-            return self.bounds.value, _ONE
-        dtypes = {kernels.MULTIPLY_DTYPE[array.dtype.name] for array in self.arrays}
-        low, norm, high = self.bounds
-        if low != high and _outcome(low, max_norm, dtypes) != _outcome(high, max_norm, dtypes) and self._can_be_exact():
-            norm = kernels.exact_norm(self.arrays, self.p)
-        return norm, kernels.quotient(max_norm, norm) if norm.exceeds(max_norm) else _ONE
+    def __len__(self) -> int:
+        return len(self.norms.mantissa)
 
-    def _can_be_exact(self) -> bool:
-        # Every clipped float64 call would need 60 digits for these powers; they stay within 1e-14.
-        fractional = self.p not in (1.0, 2.0, math.inf)
-        return not (fractional and any(kernels.MULTIPLY_DTYPE[a.dtype.name] is np.float64 for a in self.arrays))
+    def exceeds(self, limit: Wide) -> Array:
+        """For each norm whether it is over its limit, as a real number: summed exactly where need be; singular values
+        as far as they can be known.
+        """
+        if isinstance(self.p, str):
+            sizes = [max(kernels.units_first(x, own).shape) for x, own in zip(self.arrays, self.axes, strict=True)]
+            known = 1 + np.array(sizes, np.float64) * np.finfo(np.float64).eps
+            surely: Array = self.norms.exceeds(limit.times(known))
+            return surely
+        low, high = (self.norms.times(1 + sign * kernels.RELATIVE_ERROR).exceeds(limit) for sign in (-1, 1))
+        over = np.array(high)
+        for index in np.flatnonzero(low != high):
+            over[index] = kernels.exceeds_exactly(list(self._members(int(index))), limit[index])
+        return over
+
+    def settled(self, limit: Wide, floor: Wide) -> Wide:
+        """The norms, summed exactly where the fast sum leaves it open whether one is carried to its limit or its floor,
+        or by which factor.
+        """
+        if isinstance(self.p, str):
+            return self.norms
+        low, high = (self.norms.times(1 + sign * kernels.RELATIVE_ERROR) for sign in (-1, 1))
+        over, below = high.exceeds(limit), floor.exceeds(low)
+        open_ = (over != low.exceeds(limit)) | (below != floor.exceeds(high))
+        if over.any() and self._has_exact_factors():
+            open_ |= over & ~self._same_factor(limit, low, high)
+        if below.any() and self._has_exact_factors():
+            open_ |= below & ~self._same_factor(floor, low, high)
+        if not open_.any():
+            return self.norms
+        mantissa, exponent = self.norms.mantissa.copy(), self.norms.exponent.copy()
+        for index in np.flatnonzero(open_):
+            mantissa[index], exponent[index] = self._exact(int(index))
+        return Wide(mantissa, exponent)
+
+    def _same_factor(self, bound: Wide, low: Wide, high: Wide) -> Any:
+        """For each norm, whether any value between two leads to one and the same factor, as it is multiplied."""
+        factors = kernels.quotient(bound, low), kernels.quotient(bound, high)
+        return np.all(
+            [~self.has(dtype) | kernels.same_multiplier(*factors, dtype) for dtype in (np.float32, np.float64)], axis=0
+        )
+
+    def _has_exact_factors(self) -> bool:
+        # The factor of every clipped float64 norm is open, and would need 60 digits for such a p, or one slow sum for
+        # each of many units; they stay within 1e-14.
+        slow = self.p not in (1.0, 2.0, math.inf) or any(self.axes)
+        return not (slow and self.has(np.float64).any())
+
+    def settled_as_limits(self, of: Measure, times: float) -> Array:
+        """The norms as float64, at most the largest, where `times` as much is the limit of other norms: summed exactly
+        where an error of theirs could change what is decided, or the factor as it is multiplied.
+        """
+        norms: Array = np.minimum(self.norms.to_float(), np.finfo(np.float64).max)
+        with np.errstate(all="ignore"):
+            limits = Wide.of(norms * times)
+        # of both sums, and of the product
+        low, high = (of.norms.times(1 + 3 * sign * kernels.RELATIVE_ERROR) for sign in (-1, 1))
+        over = high.exceeds(limits)
+        factors = kernels.quotient(limits, low), kernels.quotient(limits, high)
+        open_ = over & of.has(np.float32) & ~kernels.same_multiplier(*factors, np.float32)
+        for index in np.flatnonzero((over != low.exceeds(limits)) | open_):
+            norms[index] = min(float(self._exact(int(index))), np.finfo(np.float64).max)
+        return norms
+
+    def _exact(self, index: int) -> Wide:
+        return kernels.exact_norm(list(self._members(index)), float(self.p))
+
+    def _members(self, index: int) -> Iterator[Array]:
+        """What one of the norms is of."""
+        for place in np.flatnonzero((self.places.starts <= index) & (index < self.places.starts + self.places.counts)):
+            array, axes = self.arrays[int(place)], self.axes[int(place)]
+            yield kernels.units_first(array, axes)[index - int(self.places.starts[place])] if axes else array
+
+    def factor_axes(self) -> Sequence[Axes]:
+        """Of each array, the axes that the factors for its units stand along."""
+        return [()] * len(self.arrays) if isinstance(self.p, str) else self.axes
+
+    def rounding(self) -> Array:
+        """For each norm, the coarsest rounding of an array that it is of."""
+        coarsest = np.zeros(len(self))
+        for place, dtype in self._dtypes():
+            coarsest[place] = np.maximum(coarsest[place], kernels.epsilon(dtype))
+        return coarsest
+
+    def has(self, dtype: type[np.floating[Any]]) -> Array:
+        """For each norm, whether an array that it is of is multiplied in that dtype."""
+        found = np.zeros(len(self), bool)
+        for place, name in self._dtypes():
+            found[place] |= kernels.MULTIPLY_DTYPE[name] is dtype
+        return found
+
+    def _dtypes(self) -> Iterator[tuple[slice, str]]:
+        """The places of norms, and the dtype of what they are of: all at once where all are of one dtype."""
+        names = lists.dtypes(self.arrays)
+        if len(set(names)) == 1:
+            yield slice(None), names[0]
+            return
+        for index, name in enumerate(names):
+            yield self.places[index], name
+
+    def again(self, arrays: Sequence[Array]) -> Measure:
+        """The same norms of other arrays of these shapes."""
+        measure = measured(arrays, self.p, self.axes)
+        return measure.joined() if len(self) < len(measure) else measure
+
+    def joined(self) -> Measure:
+        """The joint norms of all arrays, unit by unit."""
+        if not len(self.arrays):
+            return self
+        count = len(self) // len(self.arrays)
+        each = Wide(*(part.reshape(len(self.arrays), count) for part in self.norms))
+        shared = Places.shared(len(self.arrays), count)
+        return replace(self, norms=kernels.join(each, float(self.p)), places=shared)
 
 
-def _outcome(norm: Wide, max_norm: float, dtypes: set[type[np.floating[Any]]]) -> Any:
-    """What the output depends on: whether `norm` is over the limit, and the factors as they would be multiplied."""
-    if not norm.exceeds(max_norm):
-        return None
-    return {kernels.multiplier(kernels.quotient(max_norm, norm), dtype) for dtype in dtypes}
+def measured(arrays: Sequence[Array], p: Norm, axes: Sequence[Axes]) -> Measure:
+    """The norms of all units of all arrays."""
+    if isinstance(p, str):
+        each = [kernels.spectral_norm(array, own, p) for array, own in zip(arrays, axes, strict=True)]
+        return Measure(kernels.concatenated(each), Places.of(np.ones(len(each), np.int64)), arrays, axes, p)
+    return Measure(*lists.norms(arrays, p, axes), arrays, axes, p)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One factor per norm of a measure, and whether it acts: one that rounds to 1 is not "in range"."""
+
+    factors: Wide
+    acts: Array
+    axes: Sequence[Axes]
+    places: Places
+    limits: Array
+
+
+class Arithmetic:
+    """`clipcore.backend.Arithmetic` in NumPy."""
+
+    array = staticmethod(np.asarray)
+    where = staticmethod(np.where)
+    sqrt = staticmethod(np.sqrt)
+    exp = staticmethod(np.exp)
+    hypot = staticmethod(np.hypot)
+    minimum = staticmethod(np.minimum)
+    maximum = staticmethod(np.maximum)
+    mean = staticmethod(np.mean)
+    stack = staticmethod(np.stack)
+    arange = staticmethod(np.arange)
+
+    @staticmethod
+    def percentile(values: Array, count: Array, q: float) -> Any:
+        return float(np.percentile(values[: int(count)], q))
+
+    @staticmethod
+    def take(values: Array, places: Sequence[int]) -> Array:
+        return values[list(places)]
+
+    @staticmethod
+    def put(values: Array, places: Sequence[int], new: Array) -> Array:
+        changed = values.copy()
+        changed[list(places)] = new
+        return changed
 
 
 class HostPrimitives:
-    """`clipcore.backend.Primitives` over NumPy arrays; with `in_place`, results are written into the arrays."""
+    """`clipcore.backend.Primitives` over NumPy arrays.
 
-    def __init__(self, in_place: bool = False) -> None:
-        self._in_place = in_place
+    Args:
+        in_place: whether results are written into the arrays.
+        owns_state: whether what is as large as they are in a state may be overwritten by what follows: memory that is
+            new in each step costs more than what is written into it.
+    """
 
-    def measure(self, tensors: Sequence[Array], p: float, *, zero_nonfinite: bool) -> tuple[list[Array], _Measure]:
-        bounds, nonfinite = kernels.norm_bounds(tensors, p), 0
-        if bounds is None:
-            nonfinite = kernels.count(tensors, kernels.not_finite)
-            if zero_nonfinite:
-                tensors = [self._fill(array, kernels.not_finite(array), 0) for array in tensors]
-                bounds = kernels.norm_bounds(tensors, p)
-        return list(tensors), _Measure(bounds, nonfinite, tensors, p)
+    arithmetic = Arithmetic()
 
-    def decide(
-        self, measures: Sequence[_Measure], max_norm: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[Wide], ClipReport]:
-        faults = sum(measure.nonfinite for measure in measures)
-        if faults and nonfinite != "zero":
-            scale = _fault_scale(faults, nonfinite)
-            report = _report([Wide(math.nan, 0)] * len(measures), [scale] * len(measures), faults)
-            return [scale] * len(measures), report
-        settled = [measure.scale(max_norm) for measure in measures]
-        norms, scales = [norm for norm, _ in settled], [scale for _, scale in settled]
-        return scales, _report(norms, scales, faults, measures[0].p if measures else 2.0)
+    def __init__(self, in_place: bool = False, owns_state: bool = False) -> None:
+        self._in_place, self._owns_state = in_place, owns_state
 
-    def apply(self, tensors: Sequence[Array], scale: Wide) -> list[Array]:
-        if scale is _ONE:
-            return list(tensors)
-        return [self._scaled(array, scale) for array in tensors]
+    def measure(
+        self, tensors: Sequence[Array], p: float, axes: Sequence[Axes] | None = None, *, zero_nonfinite: bool = False
+    ) -> tuple[Sequence[Array], Measure]:
+        return self._measured(tensors, p, axes or [()] * len(tensors), zero_nonfinite)
 
-    def clamp(
-        self, tensors: Sequence[Array], low: float, high: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[Array], ClipReport]:
-        faults = kernels.count(tensors, np.isnan)
-        norm = Wide(math.nan, 0)
-        if faults and nonfinite != "zero":
-            scale = _fault_scale(faults, nonfinite)
-            return self.apply(tensors, scale), _report([norm], [scale], faults)
-        if faults:
-            tensors = [self._fill(array, np.isnan(array), 0) for array in tensors]
-        bounds = kernels.norm_bounds(tensors, 2.0)
+    def _measured(
+        self, tensors: Sequence[Array], p: Norm, axes: Sequence[Axes], zero_nonfinite: bool
+    ) -> tuple[Sequence[Array], Measure]:
+        measure = measured(tensors, p, axes)
+        if not np.isnan(measure.norms.mantissa).any():
+            return tensors, measure
+        faults = kernels.count(tensors, kernels.not_finite)
+        if zero_nonfinite:
+            tensors = [self._fill(array, kernels.not_finite(array), 0) for array in tensors]
+            measure = measured(tensors, p, axes)
+        return tensors, replace(measure, nonfinite=faults)
+
+    def adopt(self, value: Any, like: Any) -> Array:
+        return np.asarray(value)
+
+    def measure_spectra(
+        self, tensors: Sequence[Array], axes: Sequence[Axes], *, exact: bool, zero_nonfinite: bool = False
+    ) -> tuple[Sequence[Array], Measure]:
+        return self._measured(tensors, "svd" if exact else "power", axes, zero_nonfinite)
+
+    def join(self, measure: Measure) -> Measure:
+        return measure.joined()
+
+    def norms(self, measure: Measure, against: tuple[Measure, float] | None = None) -> Array:
+        if against is not None:
+            return measure.settled_as_limits(*against)
+        # state takes nothing that is not finite, and a norm of float64 tensors may be beyond float64
+        values: Array = np.minimum(measure.norms.to_float(), np.finfo(np.float64).max)
+        return values
+
+    def decide(self, measure: Measure, limits: Any, nonfinite: NonFiniteMode, *, at_least: float = 0.0) -> Scale:
+        limits = np.broadcast_to(np.asarray(limits, np.float64), len(measure))
+        if measure.nonfinite and nonfinite != "zero":
+            fault = np.full(len(measure), _fault_factor(measure.nonfinite, nonfinite))
+            return Scale(Wide.of(fault), np.ones(len(measure), bool), measure.factor_axes(), measure.places, limits)
+        limit, floor, one = Wide.of(limits), Wide.of(np.full(len(measure), at_least)), Wide.of(1.0)
+        norms = measure.settled(limit, floor)
+        below = floor.exceeds(norms) & (norms.mantissa > 0)
+        acts = norms.exceeds(limit) | below
+        factors = kernels.choose(acts, kernels.quotient(kernels.choose(below, floor, limit), norms), one)
+        return Scale(factors, acts, measure.factor_axes(), measure.places, limits)
+
+    def uniform(self, factor: float, tensors: Sequence[Array]) -> Scale:
+        count = len(tensors)
+        one = Wide.of(np.array([factor]))
+        return Scale(one, np.array([factor != 1]), [()] * count, Places.shared(count, 1), np.array([math.inf]))
+
+    def choose(self, condition: Any, yes: tuple[Scale, Measure], no: tuple[Scale, Measure]) -> tuple[Scale, ClipReport]:
+        scale, measure = yes if condition else no
+        return scale, self.report(measure, scale)
+
+    def factors(self, scale: Scale) -> Array:
+        values: Array = scale.factors.to_float()[scale.places.spread()]
+        return values
+
+    def apply(self, tensors: Sequence[Array], scale: Scale) -> Sequence[Array]:
+        acts = scale.places.any(scale.acts)
+        if not acts.any():
+            return tensors
+        if self._in_place:
+            # a factor of 1 leaves an array as it is
+            lists.scale(tensors, tensors, scale.factors, scale.places, scale.axes)
+            return tensors
+        chosen = np.flatnonzero(acts)
+        arrays = [tensors[int(index)] for index in chosen]
+        fresh = [kernels.empty_like(array) for array in arrays]
+        places = Places(scale.places.starts[chosen], scale.places.counts[chosen])
+        lists.scale(arrays, fresh, scale.factors, places, [scale.axes[index] for index in chosen.tolist()])
+        results = list(tensors)
+        for index, array in zip(chosen, fresh, strict=True):
+            results[index] = array
+        return results
+
+    def within(
+        self, tensors: Sequence[Array], measure: Measure, limits: Any, nonfinite: NonFiniteMode
+    ) -> tuple[Sequence[Array], Scale]:
+        scale = self.decide(measure, limits, nonfinite)
+        if not (measure.nonfinite and nonfinite != "zero"):
+            # a rounded norm can be at its limit where the norm is over it
+            scale = replace(scale, acts=measure.exceeds(Wide.of(scale.limits)))
+        if scale.acts.any() and not (measure.nonfinite and nonfinite != "zero"):
+            scale = replace(scale, factors=Wide.of(_largest(tensors, measure, scale)))
+        return self.apply(tensors, scale), scale
+
+    def report(self, measure: Measure, scale: Scale) -> ClipReport:
+        norms, factors = measure.norms.to_float(), scale.factors.to_float()
+        faulty = bool(np.isnan(norms).any())
+        p = math.inf if isinstance(measure.p, str) else measure.p
+        joint = norms[0] if len(measure) == 1 else kernels.join(measure.norms, p).to_float()
+        return ClipReport(
+            norm=math.nan if faulty else float(joint),
+            scale=float(factors.min(initial=1.0)),
+            clipped=bool(scale.acts.any()),
+            nonfinite=measure.nonfinite,
+            limit=float(scale.limits.min(initial=math.inf)),
+            norms=tuple([math.nan] * len(measure) if faulty else norms.tolist()),
+            scales=tuple(factors.tolist()),
+        )
+
+    def screen(self, tensors: Sequence[Array], nonfinite: NonFiniteMode, *, nan_alone: bool) -> tuple[list[Array], int]:
+        is_fault = np.isnan if nan_alone else kernels.not_finite
+        faults = kernels.count(tensors, is_fault)
+        if faults and nonfinite == "raise":
+            raise _refusal(faults)
+        if faults and nonfinite == "zero":
+            return [self._fill(array, is_fault(array), 0) for array in tensors], faults
+        return list(tensors), faults
+
+    def clamp(self, tensors: Sequence[Array], low: float, high: float) -> tuple[list[Array], bool]:
         results = [self._clamped(array, low, high) for array in tensors]
         clamped = [array if result is None else result for array, result in zip(tensors, results, strict=True)]
-        changed = any(result is not None for result in results)
-        report = _report([bounds.value if bounds else Wide(math.inf, 0)], [_ONE], faults)
-        return clamped, report._replace(clipped=changed)
+        return clamped, any(result is not None for result in results)
+
+    def spike(
+        self, tensors: Sequence[Array], moments: Sequence[Array], threshold: float, decay: float, acts: Any
+    ) -> tuple[Sequence[Array], list[Array], bool]:
+        after = [moment if self._owns_state and moment.flags.writeable else np.empty_like(moment) for moment in moments]
+        # memory that is not written costs nothing: only an array that has spikes is
+        outs = tensors if self._in_place else [kernels.empty_like(array) for array in tensors]
+        spikes = lists.despike(tensors, moments, outs, after, threshold, decay, bool(acts))
+        clipped = tensors
+        if spikes.any() and not self._in_place:
+            clipped = [out if found else array for array, out, found in zip(tensors, outs, spikes > 0, strict=True)]
+        return clipped, after, bool(spikes.any())
+
+    def overrule(self, tensors: Sequence[Array], faults: int, nonfinite: NonFiniteMode) -> list[Array]:
+        if not faults or nonfinite == "zero":
+            return list(tensors)
+        return list(self.apply(tensors, self.uniform(_fault_factor(faults, nonfinite), tensors)))
+
+    def summary(self, tensors: Sequence[Array], faults: int, nonfinite: NonFiniteMode) -> ClipReport:
+        norm = float(kernels.join(kernels.norms(tensors, 2.0), 2.0))
+        if math.isnan(norm) and (not faults or nonfinite == "zero"):
+            norm = math.inf  # infinities are no faults to this policy
+        overruled = faults > 0 and nonfinite != "zero"
+        scale = _fault_factor(faults, nonfinite) if overruled else 1.0
+        norm = math.nan if overruled else norm
+        return ClipReport(norm, scale, overruled, faults, (norm,), (scale,))
+
+    def total(self, tensors: Sequence[Array]) -> list[Array]:
+        return [kernels.total(array) for array in tensors]
 
     def _target(self, array: Array) -> Array:
         return array if self._in_place else kernels.empty_like(array)
-
-    def _scaled(self, array: Array, scale: Wide) -> Array:
-        out = self._target(array)
-        if scale.mantissa == 0 or math.isnan(scale.mantissa):
-            out[...] = scale.mantissa * (1 + 1j) if array.dtype.kind == "c" else scale.mantissa
-        else:
-            kernels.scale_into(array, scale, out)
-        return out
 
     def _fill(self, array: Array, where: Array, value: float) -> Array:
         if not where.any():
@@ -122,7 +381,8 @@ class HostPrimitives:
 
     def _clamped(self, array: Array, low: float, high: float) -> Array | None:
         below, above = kernels.bound_in(low, array.dtype), kernels.bound_in(high, array.dtype)
-        under, over = array < below, array > above
+        with np.errstate(invalid="ignore"):  # of bfloat16's NaN
+            under, over = array < below, array > above
         if not (under.any() or over.any()):
             return None
         out = self._target(array)
@@ -132,31 +392,27 @@ class HostPrimitives:
         return out
 
 
-def _fault_scale(faults: int, nonfinite: NonFiniteMode) -> Wide:
+def _largest(tensors: Sequence[Array], measure: Measure, scale: Scale) -> Array:
+    """For each norm that is over its limit the largest factor with which what is stored keeps it; 1 for others."""
+    trials, limits = HostPrimitives(), Wide.of(scale.limits)
+
+    def keeps(factors: Array) -> Array:
+        stored = trials.apply(tensors, replace(scale, factors=Wide.of(np.where(scale.acts, factors, 1.0))))
+        again = measure.again(stored)
+        over = again.norms.exceeds(limits) if isinstance(measure.p, str) else again.exceeds(limits)
+        return ~over | ~scale.acts
+
+    start = np.where(scale.acts, scale.factors.to_float(), 1.0)
+    factors = largest_factors(start, ~measure.has(np.float64), 4 * measure.rounding(), keeps)
+    return np.where(scale.acts, factors, 1.0)
+
+
+def _refusal(faults: int) -> NonFinite:
+    error: NonFinite = NonFinite(f"{faults} elements are inf or NaN")
+    return error
+
+
+def _fault_factor(faults: int, nonfinite: NonFiniteMode) -> float:
     if nonfinite == "raise":
-        raise NonFinite(f"{faults} elements are inf or NaN")
-    return _FAULT_SCALES[nonfinite]
-
-
-def _report(norms: Sequence[Wide], scales: Sequence[Wide], faults: int, p: float = 2.0) -> ClipReport:
-    return ClipReport(
-        norm=_joint_norm(norms, p),
-        scale=min(map(float, scales), default=1.0),
-        clipped=any(scale is not _ONE for scale in scales),
-        nonfinite=faults,
-        norms=tuple(map(float, norms)),
-        scales=tuple(map(float, scales)),
-    )
-
-
-def _joint_norm(norms: Sequence[Wide], p: float) -> float:
-    """The norm of all groups together, from theirs."""
-    if len(norms) <= 1:
-        return float(norms[0]) if norms else 0.0
-    top = max(norm.exponent for norm in norms)
-    values = np.array([math.ldexp(norm.mantissa, norm.exponent - top) for norm in norms])
-    peak = float(values.max())
-    if not peak > 0:
-        return peak
-    joint = float(np.linalg.norm(values / peak, p)) * peak
-    return float(Wide.of(joint, top))
+        raise _refusal(faults)
+    return _FAULT_FACTORS[nonfinite]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -21,6 +22,7 @@ class ClipReport(NamedTuple):
         nonfinite: number of elements that were inf or NaN (for ClipByValue: NaN).
         norms: one norm per group of the policy, in order (ClipByNorm: per tensor).
         scales: one factor per group of the policy, in order.
+        limit: the smallest limit on a norm that was in force; inf for a policy that has none.
     """
 
     norm: Any
@@ -29,3 +31,4 @@ class ClipReport(NamedTuple):
     nonfinite: Any
     norms: Any = ()
     scales: Any = ()
+    limit: Any = math.inf

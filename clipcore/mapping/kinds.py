@@ -21,6 +21,8 @@ class Kind:
         sizes: axes whose length only a setting tells, and that setting.
         features: of a role, the axis that runs over the features of the layer's input, so that it must follow when
             those come in another order (after Flatten).
+        units: of a role, the axes that run over the layer's units: what feeds one output, or one row of a table. A
+            role that is not named is one unit.
         settings: settings that change the layer's function in inference.
         training_settings: settings that change only how it trains.
     """
@@ -30,6 +32,7 @@ class Kind:
     optional: frozenset[str] = frozenset()
     sizes: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     training_settings: tuple[str, ...] = ()
 
@@ -52,6 +55,7 @@ KINDS: dict[str, Kind] = {
             {"kernel": "out in", "bias": "out"},
             optional=frozenset({"bias"}),
             features={"kernel": "in"},
+            units={"kernel": "out"},
             settings=("activation",),
         ),
         Kind(  # a depthwise convolution is one with in = 1; 1 to 3 spatial axes stand in "..."
@@ -59,6 +63,7 @@ KINDS: dict[str, Kind] = {
             {"kernel": "group out in ...", "bias": "(group out)"},
             optional=frozenset({"bias"}),
             sizes={"group": "groups"},
+            units={"kernel": "group out"},
             settings=("stride", "padding", "padding_mode", "dilation", "groups", "activation"),
         ),
         Kind(
@@ -82,6 +87,6 @@ KINDS: dict[str, Kind] = {
             features={"scale": "...", "bias": "..."},
             settings=("eps",),
         ),
-        Kind("embedding", {"kernel": "num dim"}),
+        Kind("embedding", {"kernel": "num dim"}, units={"kernel": "num"}),
     )
 }

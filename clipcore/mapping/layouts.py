@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from einops import EinopsError
 
-from clipcore.backend import Layer, Tensor
+from clipcore.backend import Axes, Layer, Tensor
 from clipcore.errors import MappingError
 from clipcore.mapping.align import SAME, Arrangement, carried
 from clipcore.mapping.kinds import KINDS
@@ -41,6 +41,33 @@ def canonical_shape(layer: Layer, role: str) -> tuple[int, ...]:
     pattern = f"{tensor.layout} -> {canonical_layout(layer, role)}"
     shape: tuple[int, ...] = apply_pattern(stand_in, pattern, axis_sizes(layer), f"{layer.name}: {role}").shape
     return shape
+
+
+def unit_axes(layer: Layer, role: str) -> Axes | None:
+    """The axes of a stored tensor that run over the layer's units; () where it is one unit, None where its kind is
+    unknown and it has more than one axis.
+
+    >>> from clipcore.backend import Tensor
+    >>> kernel = Tensor("conv/kernel", "kernel", "... in (group out)", (3, 3, 4, 8), "float32")
+    >>> unit_axes(Layer("conv", "conv", {"kernel": kernel}), "kernel")
+    (3,)
+    """
+    tensor = layer.tensors[role]
+    kind = KINDS.get(layer.kind)
+    if kind is None:
+        return () if len(tensor.shape) <= 1 else None
+    units = kind.units.get(role, "").split()
+    before, _, after = tensor.layout.partition("...")
+    axes = []
+    for side, start in ((before, 0), (after, len(tensor.shape) - len(_stored_axes(after)))):
+        names = _stored_axes(side)
+        axes += [start + index for index, axis in enumerate(names) if set(re.findall(r"\w+", axis)) & set(units)]
+    return tuple(axes)
+
+
+def _stored_axes(layout: str) -> list[str]:
+    """The axes of a layout as they are stored: a composed one, "(group out)", is one."""
+    return re.findall(r"\([^)]*\)|\w+", layout)
 
 
 def transformation(

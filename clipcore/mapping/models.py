@@ -189,15 +189,9 @@ def _to_array(leaf: Any) -> Array:
     if isinstance(leaf, int | float | bool):
         return np.asarray(leaf)
     try:
-        backend: Any = backend_of(leaf)
-        arrays = backend.to_host([leaf])
-        # a tensor on a device or under differentiation: what a model's backend copies it to
-        array: Array | None = arrays[0] if arrays else backend.to_array(leaf) if hasattr(backend, "to_array") else None
+        return backend_of(leaf).to_numpy(leaf)
     except Exception as err:
         raise InvalidInput(f"the sample is of type {type(leaf).__name__}; expected arrays or tensors: {err}") from err
-    if array is None:
-        raise InvalidInput("the sample is a tensor on a device or under differentiation; give it as a CPU array")
-    return array
 
 
 _MOST_FORMS = 16

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from clipcore.backend import Tensor
-from clipcore.clipping.api import clip
+from clipcore.clipping.api import bound, clip, no_state, refuse_other_shapes
+from clipcore.clipping.call import Call
 from clipcore.clipping.kernels import extent, round_once
 from clipcore.clipping.policies import ClipByNorm, Policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput, InvalidPolicy, MappingError, MigrationError
 from clipcore.mapping.find import plan as find_plan
+from clipcore.mapping.layouts import unit_axes
 from clipcore.mapping.lockstep import numpy_dtype
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Plan, Row
@@ -32,7 +34,7 @@ class MigratedTensor:
         target, source: its name, and its origin's ("" where it was filled).
         norm: L2 norm of what was limited: of what moves into the tensor, or of that minus what it held; NaN without a
             limit, and for running statistics.
-        scale: the factor that the limit applied to it; 1 where it did not.
+        scale: by how much the limit made that norm smaller, or larger: the norm after by that before; 1 where it was 0.
         clipped: whether the limit changed it.
     """
 
@@ -119,7 +121,7 @@ def _prepared(plan: Plan, ours: Side, theirs: Side, limit: Limit | None) -> tupl
     _check_finite(weights, "the source's", "mend the source first")
     values = target_values(plan, theirs, weights)
     current = theirs.backend.read(theirs.model, list(values))
-    limited, report, tensors = _limited(plan, values, current, theirs.tensors, limit)
+    limited, report, tensors = _limited(plan, values, current, theirs, limit)
     _check_finite(limited, "under the limit the target's", "choose another limit")
     values.update(limited)
     _check_apart(ours, theirs, current, values)
@@ -189,7 +191,7 @@ def _limited(
     plan: Plan,
     values: Mapping[str, Array],
     current: Mapping[str, Array],
-    tensors: Mapping[str, Tensor],
+    theirs: Side,
     limit: Limit | None,
 ) -> tuple[dict[str, Array], ClipReport | None, tuple[MigratedTensor, ...]]:
     """The target's tensors that a limit changes, its report, and what became of each tensor of the target."""
@@ -197,21 +199,36 @@ def _limited(
         return {}, None, _entries(plan, {}, {}, {})
     if not isinstance(limit, Policy | Delta):
         raise InvalidPolicy(f"limit is {limit!r}; expected a policy, say ClipByNorm(1.0), or Delta(policy)")
-    moving = {row.target: values[row.target] for row in plan.rows if tensors[row.target].trainable}
+    moving = {row.target: values[row.target] for row in plan.rows if theirs.tensors[row.target].trainable}
     held = {name: current[name] for name in moving}
     if isinstance(limit, Delta):
         _check_finite(held, "the target's", "Delta measures from it, so mend it first, or migrate without Delta")
         with np.errstate(over="ignore"):  # a difference beyond float64 is the policy's to judge
             moving = {name: _wide(value) - _wide(held[name]) for name, value in moving.items()}
     policy = limit.policy if isinstance(limit, Delta) else limit
-    bounded, report = clip(moving, policy, backend="numpy")
-    limited = {name: result for name, result in bounded.items() if result is not moving[name]}
-    if isinstance(limit, Delta):
-        limited = {name: _moved(held[name], step) for name, step in limited.items()}
-    _, each = clip(moving, ClipByNorm(np.inf), backend="numpy")
-    scales = report.scales if len(report.scales) == len(moving) else [report.scale] * len(moving)
-    norms = dict(zip(moving, each.norms, strict=True))
-    return limited, report, _entries(plan, norms, dict(zip(moving, scales, strict=True)), limited)
+    before = _norms(moving)
+    bounded, report = _bounded(moving, policy, held, theirs)
+    changed = {name: result for name, result in bounded.items() if result is not moving[name]}
+    after = _norms(changed)
+    scales = {name: norm / before[name] for name, norm in after.items() if before[name]}
+    limited = {name: _moved(held[name], x) for name, x in changed.items()} if isinstance(limit, Delta) else changed
+    return limited, report, _entries(plan, before, scales, limited)
+
+
+def _bounded(
+    moving: Mapping[str, Array], policy: Policy, held: Mapping[str, Array], theirs: Side
+) -> tuple[dict[str, Array], ClipReport]:
+    """What moves under a policy, which may ask for the weights beside it and for the units of the target's layers."""
+    axes = {t.name: unit_axes(layer, role) for layer in theirs.layers.values() for role, t in layer.tensors.items()}
+    call = replace(Call.of(moving, policy, held, None, "numpy"), axes=[axes[name] for name in moving])
+    refuse_other_shapes(policy, "limit what moves by a policy that keeps shapes")
+    bounded, _, report = bound(call, policy, no_state(call, policy))
+    return dict(zip(moving, bounded, strict=True)), report
+
+
+def _norms(arrays: Mapping[str, Array]) -> dict[str, float]:
+    """The L2 norm of each."""
+    return dict(zip(arrays, clip(arrays, ClipByNorm(np.inf), backend="numpy")[1].norms, strict=True))
 
 
 def _wide(array: Array) -> Array:

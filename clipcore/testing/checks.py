@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from clipcore.clipping import reference
-from clipcore.clipping.policies import ClipByGlobalNorm, ClipByNorm, ClipByValue, Policy
+from clipcore.clipping import adaptive, examples, limits, policies, reference
+from clipcore.clipping.policies import Policy
 from clipcore.structure import leaves
+from clipcore.testing.strategies import unit_axes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_finfo: Any = ml_dtypes.finfo
+finfo: Any = ml_dtypes.finfo  # of every dtype that clipcore takes
 
 _LARGEST = float(np.finfo(np.float64).max)
 NORM_TOLERANCE = 1e-14  # relative: of norms, and of float64 results that are not bound to the bit
 LAYER_TOLERANCE = 1e-5  # of a layer's outputs in float32, relative to the largest
 
 
-def expected(policy: Policy, arrays: Sequence[Array]) -> tuple[list[Array], float]:
+# The definition of each policy. Its arguments are the policy's fields by their names, and what stands beside the
+# gradients: `params`, and the `axes` that run over units. One that learns takes a state after the gradients.
+DEFINITIONS: Mapping[type[Policy], Callable[..., tuple[Any, ...]]] = {
+    policies.ClipByValue: reference.clip_by_value,
+    policies.ClipByNorm: reference.clip_by_norm,
+    policies.ClipByGlobalNorm: reference.clip_by_global_norm,
+    policies.ClipByAverageNorm: reference.clip_by_average_norm,
+    policies.ClipByBlockRMS: reference.clip_by_block_rms,
+    policies.AdaptiveClip: reference.adaptive_clip,
+    adaptive.AutoClip: reference.auto_clip,
+    adaptive.ZClip: reference.zclip,
+    adaptive.AdaGC: reference.adagc,
+    adaptive.SpikeClip: reference.spike_clip,
+    examples.PerExampleClip: reference.per_example_clip,
+    examples.QuantileClip: reference.quantile_clip,
+    limits.MaxNorm: reference.max_norm,
+    limits.MinMaxNorm: reference.min_max_norm,
+    limits.UnitNorm: reference.unit_norm,
+    limits.SpectralLimit: reference.spectral_limit,
+    limits.Box: reference.box,
+}
+
+
+def expected(
+    policy: Policy, arrays: Sequence[Array], params: Sequence[Array] | None = None
+) -> tuple[list[Array], float]:
     """What the reference says: (clipped, joint norm before clipping)."""
-    if isinstance(policy, ClipByValue):
-        assert policy.max_value is not None
-        return reference.clip_by_value(arrays, policy.min_value, policy.max_value, policy.nonfinite)
-    if isinstance(policy, ClipByNorm):
-        clipped, _ = reference.clip_by_norm(arrays, policy.max_norm, policy.p, policy.nonfinite)
-        return clipped, reference.clip_by_global_norm(arrays, math.inf, policy.p, policy.nonfinite)[1]
-    if isinstance(policy, ClipByGlobalNorm):
-        return reference.clip_by_global_norm(arrays, policy.max_norm, policy.p, policy.nonfinite)
-    raise TypeError(f"clipcore.clipping.reference has no {type(policy).__name__}")
+    clipped, norm = _define(policy, arrays, params=params)[:2]
+    if isinstance(norm, float):
+        return clipped, norm
+    p = getattr(policy, "p", 2.0)
+    return clipped, reference.clip_by_global_norm(arrays, math.inf, p, policy.nonfinite)[1]
+
+
+def expected_step(policy: Policy, arrays: Sequence[Array | None], state: Any) -> tuple[list[Any], Any, Any]:
+    """What the reference says of a step under an adaptive policy: (clipped, state, limit); the first state is []."""
+    clipped, state, limit = _define(policy, arrays, state)
+    return clipped, state, limit
+
+
+def _define(policy: Policy, *leading: Any, params: Any = None) -> tuple[Any, ...]:
+    definition = DEFINITIONS.get(type(policy))
+    if definition is None:
+        raise TypeError(f"clipcore.clipping.reference has no {type(policy).__name__}")
+    known = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    own = list(inspect.signature(definition).parameters)[len(leading) :]
+    known |= {"params": params, "axes": unit_axes(leading[0], known.get("unit_axis")) if "axes" in own else None}
+    return definition(*leading, **{name: known[name] for name in own})
 
 
 def is_exact(policy: Policy, arrays: Sequence[Array]) -> bool:
-    """Whether the contract fixes every bit: all but float64 under a p other than 1, 2 and inf."""
-    fractional = getattr(policy, "p", 2.0) not in (1.0, 2.0, math.inf)
-    return not (fractional and any(real_dtype(a) == np.float64 for a in arrays))
+    """Whether the contract fixes every bit: all but float64 under a p other than 1, 2 and inf, or scaled by units."""
+    by_units = isinstance(policy, policies.AdaptiveClip | limits.MinMaxNorm)
+    inexact = by_units or getattr(policy, "p", 2.0) not in (1.0, 2.0, math.inf)
+    return not (inexact and any(real_dtype(a) == np.float64 for a in arrays))
 
 
 def real_dtype(array: Array) -> np.dtype[Any]:
@@ -48,17 +90,17 @@ def real_dtype(array: Array) -> np.dtype[Any]:
 
 def smallest_normal(array: Array) -> float:
     """The smallest number of the array's dtype that is not subnormal."""
-    return float(_finfo(real_dtype(array)).tiny)
+    return float(finfo(real_dtype(array)).tiny)
 
 
 def smallest_subnormal(array: Array) -> float:
     """The smallest positive number of the array's dtype."""
-    return float(_finfo(real_dtype(array)).smallest_subnormal)
+    return float(finfo(real_dtype(array)).smallest_subnormal)
 
 
 def epsilon(array: Array) -> float:
     """One unit in the last place of 1 in the array's dtype."""
-    return float(_finfo(real_dtype(array)).eps)
+    return float(finfo(real_dtype(array)).eps)
 
 
 def assert_same_bits(actual: Sequence[Array], wanted: Sequence[Array]) -> None:
@@ -93,9 +135,24 @@ def assert_close(
             _assert_none(~(near | same), x, y, f"tensor {index}: off by more than {unit:g} relative + {absolute:g}")
 
 
-def assert_like_reference(actual: Sequence[Array], policy: Policy, inputs: Sequence[Array]) -> None:
+def assert_between(actual: Sequence[Array], one: Sequence[Array], other: Sequence[Array]) -> None:
+    """Every number lies between those of two results, which differ in the last digits of a limit: in most elements they
+    are the same, and so is then every bit.
+    """
+    _assert_same_form(actual, one)
+    for index, (a, x, y) in enumerate(zip(actual, one, other, strict=True)):
+        for part, low, high in zip(_reals(a), _reals(x), _reals(y), strict=True):
+            wide, ends = part.astype(np.float64), [end.astype(np.float64) for end in (low, high)]
+            inside = (np.minimum(*ends) <= wide) & (wide <= np.maximum(*ends))
+            signs = (np.signbit(part) == np.signbit(low)) | (wide != 0)
+            _assert_none(~(inside & signs | np.isnan(wide) & np.isnan(ends[0])), part, low, f"tensor {index}: differs")
+
+
+def assert_like_reference(
+    actual: Sequence[Array], policy: Policy, inputs: Sequence[Array], params: Sequence[Array] | None = None
+) -> None:
     """`actual` is what the reference makes of `inputs`: in every bit, or as near as the contract asks."""
-    wanted, _ = expected(policy, inputs)
+    wanted, _ = expected(policy, inputs, params)
     if is_exact(policy, inputs):
         assert_same_bits(actual, wanted)
     else:
@@ -125,6 +182,19 @@ def assert_bounded(arrays: Sequence[Array], max_norm: float, p: float) -> None:
     rounding = coarsest(epsilon, arrays) + 2.0**-52
     room = max_norm * (1 + rounding) + 2 * elements * coarsest(smallest_subnormal, arrays)
     assert norm <= room, f"the norm of the result is {norm!r}, over {max_norm!r} by more than one rounding"
+
+
+def assert_within(arrays: Sequence[Array], limit: float) -> None:
+    """The L2 norm of the arrays, as a real number, is at most `limit`."""
+    squares = _sum_of_squares(arrays)
+    assert limit == math.inf or squares <= Fraction(limit) ** 2, (
+        f"what is stored has the norm {reference.clip_by_global_norm(arrays, math.inf)[1]!r}, over the bound {limit!r}"
+    )
+
+
+def _sum_of_squares(arrays: Sequence[Array]) -> Fraction:
+    numbers = [x for a in arrays for part in _reals(a) for x in part.astype(np.float64).ravel().tolist()]
+    return sum((Fraction(x) ** 2 for x in numbers), Fraction(0))
 
 
 def assert_same_structure(actual: Any, wanted: Any) -> None:

@@ -154,6 +154,22 @@ def test_the_norm_of_many_normal_numbers_is_exact_to_one_unit(backend, count):
     assert report.norm == pytest.approx(exact, rel=1e-14)
 
 
+@functools.cache
+def a_hundred_million_numbers():
+    """Whole numbers of float32, as many bits as it has, and their norm: squares are summed in integers."""
+    array, squares, rng = np.empty(10**8, F32), 0, np.random.default_rng(0)
+    for part in np.split(array, 10**4):  # of 2**14 numbers at most, so that their squares stay within 62 bits
+        whole = rng.integers(-(2**24), 2**24, part.size)
+        part[...] = whole
+        squares += int(np.dot(whole, whole))
+    return array, math.sqrt(squares)
+
+
+def test_the_norm_of_a_hundred_million_numbers_is_exact_to_one_unit(backend):
+    array, exact = a_hundred_million_numbers()
+    assert cc.clip(as_tensors(backend, [array]), cc.ClipByGlobalNorm(1e30))[1].norm == pytest.approx(exact, rel=1e-15)
+
+
 def test_a_clipped_norm_is_over_the_limit_by_a_rounding_at_most(backend):
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -181,14 +197,16 @@ def test_a_row_that_a_sparse_gradient_holds_twice_counts_as_its_sum(backend, val
 
 
 def compiled(backend, function):
-    """The function as its framework compiles it, taking and giving tensors; None where there is no compiler."""
+    """The function as its framework compiles it, in each way that there is, taking and giving tensors."""
     if backend.name == "torch":
         torch = sys.modules["torch"]
         torch.compiler.reset()  # it compiles one function for a few kinds of arguments alone
-        return torch.compile(function, backend="aot_eager", fullgraph=True)
+        return [torch.compile(function, backend="aot_eager", fullgraph=True)]
     if backend.name == "tensorflow":
-        return sys.modules["tensorflow"].function(function)
-    return None
+        tf = sys.modules["tensorflow"]
+        return [tf.function(function), tf.function(function, jit_compile=True)]
+    assert backend.name == "numpy"  # which has no compiler
+    return []
 
 
 # thousands of tensors take a compiler longer than all other rows together, and show it nothing new
@@ -197,18 +215,36 @@ COMPILED = [row for row in GLOBAL_NORM if len(GLOBAL_NORM[row][0]) < 10]
 
 @pytest.mark.parametrize("row", COMPILED)
 def test_inside_a_compiled_function_every_row_is_right_within_one_unit(backend, row):
-    arrays, limit, _, norm = GLOBAL_NORM[row]
+    arrays, limit, _, _ = GLOBAL_NORM[row]
     policy = cc.ClipByGlobalNorm(limit)
-    function = compiled(backend, lambda grads: cc.clip(grads, policy))
-    if function is None:
-        assert backend.name == "numpy"
-        return
-    clipped, report = function(as_tensors(backend, arrays))
+    for function in compiled(backend, lambda grads: cc.clip(grads, policy)):
+        check_compiled(backend, row, *function(as_tensors(backend, arrays)))
+
+
+def check_compiled(backend, row, clipped, report):
+    arrays, limit, _, norm = GLOBAL_NORM[row]
     # what is smaller than the smallest normal number may be flushed to zero: TensorFlow's kernels do
     flushed = checks.coarsest(checks.smallest_normal, arrays)
-    checks.assert_close(as_arrays(backend, clipped), cc.clip(arrays, policy)[0], ulps=1, absolute=flushed)
+    wanted, _ = cc.clip(arrays, cc.ClipByGlobalNorm(limit))
+    checks.assert_close(as_arrays(backend, clipped), wanted, ulps=1, absolute=flushed)
     assert float(report.norm) == pytest.approx(norm, rel=1e-14)
     assert bool(report.clipped) == (norm > limit)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+def test_inductor_gets_every_row_right_within_one_unit(backend):
+    if backend.name != "torch":
+        assert backend.name in ("numpy", "tensorflow")  # whose compilers the test above has
+        return
+    rows = [row for row in COMPILED if sum(array.size for array in GLOBAL_NORM[row][0]) < 10**6]
+    policies = [cc.ClipByGlobalNorm(GLOBAL_NORM[row][1]) for row in rows]
+    together = sys.modules["torch"].compile(
+        lambda lists: [cc.clip(grads, policy) for grads, policy in zip(lists, policies, strict=True)], fullgraph=True
+    )
+    for row, (clipped, report) in zip(
+        rows, together([as_tensors(backend, GLOBAL_NORM[r][0]) for r in rows]), strict=True
+    ):
+        check_compiled(backend, row, clipped, report)
 
 
 def test_values_are_clipped_to_their_bounds_and_complex_ones_are_refused(backend):

@@ -400,6 +400,51 @@ def test_a_limit_bounds_the_weights_that_move_never_the_statistics_and_verify_kn
     assert not cc.verify(source, target, sample=SAMPLE, plan=plain).ok
 
 
+LIMITS = [
+    *POLICIES,
+    cc.MaxNorm(0.7),
+    cc.UnitNorm(),
+    cc.SpectralLimit(0.5),
+    cc.Chain([cc.MaxNorm(0.9), cc.ClipByValue(0.2)]),
+    cc.PerGroup({"weight|kernel": cc.MaxNorm(0.7)}),
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=repr)
+@pytest.mark.parametrize("build", [small_torch, small_keras])
+def test_what_moves_under_a_limit_is_what_arrives_when_the_target_is_limited_afterwards(build, limit):
+    source, limited, plain = randomised(small_torch(), 1), randomised(build(), 2), randomised(build(), 2)
+    result = cc.migrate(source, limited, sample=SAMPLE, limit=limit)
+    cc.migrate(source, plain, sample=SAMPLE)
+    cc.limit_(plain, limit)
+    assert_bitwise_equal(contents(limited), contents(plain))
+    assert any(tensor.clipped and tensor.scale != 1 for tensor in result.tensors)
+    assert cc.verify(source, limited, sample=SAMPLE, plan=result.plan).ok
+
+
+def test_a_limit_on_the_difference_acts_on_the_units_of_the_targets_layers():
+    source, target = randomised(small_torch(), 1), randomised(small_torch(), 2)
+    before = contents_by_name(target)
+    result = cc.migrate(source, target, sample=SAMPLE, limit=cc.Delta(cc.MaxNorm(0.3)))
+    kernels = [t.target for t in result.tensors if before[t.target].ndim > 1]
+    assert kernels
+    for name in kernels:
+        moved = (contents_by_name(target)[name] - before[name]).reshape(len(before[name]), -1)
+        np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 0.3, rtol=1e-5)
+    assert cc.verify(source, target, sample=SAMPLE, plan=result.plan).ok
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"), [(cc.PerExampleClip(1.0), "sums over examples"), (cc.AutoClip(), "learns from step to step")]
+)
+def test_a_policy_that_cannot_limit_what_moves_is_refused_before_anything_is_written(policy, message):
+    source, target = randomised(small_torch(), 1), randomised(small_keras(), 2)
+    before = contents(target)
+    with pytest.raises(cc.InvalidInput, match=message):
+        cc.migrate(source, target, sample=SAMPLE, limit=policy)
+    assert_bitwise_equal(before, contents(target))
+
+
 @pytest.mark.parametrize("limit", [cc.ClipByNorm(0.7), cc.Delta(cc.ClipByGlobalNorm(0.5))], ids=["weights", "delta"])
 @pytest.mark.parametrize("build", [small_torch, small_keras])
 def test_a_limit_acts_on_frozen_tensors_of_the_target_as_on_others(build, limit):

@@ -1,6 +1,9 @@
 """What a caller can get wrong is one clear sentence, and nothing is changed."""
 
+import dataclasses
 import itertools
+import math
+import re
 import threading
 
 import numpy as np
@@ -231,3 +234,41 @@ def test_what_is_no_optimizer_or_no_model_is_refused_with_its_value(stranger):
 def test_a_backend_can_be_named():
     clipped, _ = cc.clip([np.array([3.0, 4.0])], POLICY, backend="numpy")
     np.testing.assert_array_equal(clipped[0], [3 * 0.2, 4 * 0.2])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: cc.scale_for("5", POLICY), "norm is '5'"),
+        (lambda: cc.scale_for(None, POLICY), "norm is None"),
+        (lambda: cc.scale_for(math.inf, POLICY), "norm is inf"),
+        (lambda: cc.combine(3.0), "norms is 3.0"),
+        (lambda: cc.combine([1.0, None]), r"norms\[1\] is None"),
+        (lambda: cc.apply_scale([np.ones(2)], "x"), "scale is 'x'"),
+        (lambda: cc.clip([np.ones(2)], cc.AdaptiveClip(), params=[3]), r"params\[0\] is 3 of type int"),
+        (lambda: cc.clip([np.ones(2)], cc.AdaptiveClip(), params=[np.ones(2, int)]), r"params\[0\] has dtype int64"),
+        (lambda: cc.AutoClip(window=2).update([np.ones(2)], {"norms": [1.0, 2.0], "count": 1}), "of type list"),
+    ],
+)
+def test_what_is_no_number_tensor_or_state_is_refused_in_a_sentence(call, words):
+    with pytest.raises(cc.InvalidInput, match=words):
+        call()
+
+
+def test_names_are_the_keys_as_they_are():
+    for name in ("it's", "a][b", r"a\b"):
+        policy = cc.PerGroup({f"^{re.escape(name)}$": cc.ClipByValue(0.1)})
+        assert cc.clip({name: np.ones(2)}, policy)[0][name].tolist() == [0.1, 0.1]
+    nested = {"block": [{"w": np.ones(1)}]}
+    assert cc.clip(nested, cc.PerGroup({r"^block\.0\.w$": cc.ClipByValue(0.1)}))[0]["block"][0]["w"] == 0.1
+    together, _ = cc.clip_together({0: [np.ones(1)], 1: np.ones(1)}, cc.PerGroup({r"^0\.0$": cc.ClipByValue(0.1)}))
+    assert (together[0][0].tolist(), together[1].tolist()) == ([0.1], [1.0])
+
+
+def test_infinities_that_the_first_policy_of_a_chain_allows_are_faults_to_the_next():
+    grads, policies = [np.array([-5.0, np.inf])], (cc.ClipByValue(-1.0, math.inf), cc.ClipByGlobalNorm(1.0))
+    clipped, report = cc.clip(grads, cc.Chain(policies))
+    assert np.isnan(clipped[0]).all()
+    assert report.nonfinite == 1
+    with pytest.raises(cc.NonFinite, match="after its first policies"):
+        cc.clip(grads, cc.Chain([dataclasses.replace(policy, nonfinite="raise") for policy in policies]))

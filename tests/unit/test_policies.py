@@ -67,3 +67,27 @@ def test_a_config_of_no_policy_is_refused(config):
 def test_one_bound_alone_is_symmetric():
     assert cc.ClipByValue(0.5) == cc.ClipByValue(-0.5, 0.5)
     assert cc.ClipByValue(math.inf) == cc.ClipByValue(-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: cc.ZClip(1e200),
+        lambda: cc.ZClip(eps=math.inf),
+        lambda: cc.AdaGC(ratio=math.inf),
+        lambda: cc.AdaptiveClip(eps=math.inf),
+        lambda: cc.AdaptiveClip(exclude=5),
+        lambda: cc.AdaptiveClip(unit_axis=0.5),
+        lambda: cc.MaxNorm(1.0, unit_axis="x"),
+        lambda: cc.SpectralLimit(1.0, unit_axis=(0,)),
+        lambda: cc.QuantileClip(1.0, learning_rate=math.inf),
+        lambda: cc.Chain(cc.ClipByNorm(1.0)),
+        lambda: cc.PerGroup(None),
+        lambda: cc.PerGroup({b"a": cc.ClipByNorm(1.0)}),
+        lambda: cc.PerGroup({"a": cc.PerExampleClip(1.0)}),
+        lambda: cc.PerGroup({"a": cc.PerExampleClip(1.0)}, default=cc.ClipByNorm(1.0)),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused_at_construction(make):
+    with pytest.raises(cc.InvalidPolicy, match=r"expected|no regular expression"):
+        make()

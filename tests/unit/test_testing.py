@@ -104,6 +104,25 @@ def test_what_differs_from_the_reference_is_found():
         checks.assert_like_reference([np.nextafter(clipped[0], F32(0))], policy, [ONE])
 
 
+def test_what_lies_outside_two_results_is_found():
+    low, high = np.array([1.0, -0.0, -2.0]), np.array([1.0, -0.0, -1.0])
+    checks.assert_between([np.array([1.0, -0.0, -1.5])], [low], [high])
+    checks.assert_between([np.array([math.nan])], [np.array([math.nan])], [np.array([math.nan])])
+    for wrong in ([1.1, -0.0, -1.5], [1.0, 0.0, -1.5], [1.0, -0.0, -0.9], [math.nan, -0.0, -1.5]):
+        with pytest.raises(AssertionError, match="differs in 1 of 3"):
+            checks.assert_between([np.array(wrong)], [low], [high])
+
+
+def test_a_norm_over_its_bound_is_found_to_the_last_digit():
+    checks.assert_within([np.array([3.0]), np.array([4j])], 5.0)
+    checks.assert_within([np.array([1.0])], math.inf)
+    # sqrt(2) in float64 is a little over the root
+    checks.assert_within([np.array([1.0, 1.0])], math.sqrt(2))
+    for arrays, bound in (([np.array([3.0, 4.0])], math.nextafter(5.0, 0.0)), ([np.ones(3)], math.sqrt(3))):
+        with pytest.raises(AssertionError, match="over the bound"):
+            checks.assert_within(arrays, bound)
+
+
 def test_the_reference_of_a_policy_that_it_does_not_have_is_an_error():
     class Other(cc.Policy):
         pass

@@ -32,9 +32,16 @@ def backend() -> Any:
     return cc.get_backend("tensorflow")
 
 
+@pytest.fixture(scope="session")
+def strategy() -> Any:
+    """One for the process: TensorFlow numbers what replicas do together, and a second strategy begins at 0 again."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture(autouse=True)
 def _fresh_names() -> Iterator[None]:
-    keras.backend.clear_session()
+    # without the garbage, of which every trace of every test so far would be gone through each time
+    keras.backend.clear_session(free_memory=False)
     yield
     keras.config.set_dtype_policy("float32")
 

@@ -25,7 +25,7 @@ def test_the_plugin_imports_no_tensorflow() -> None:
 def test_keras_on_another_framework_is_refused(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = keras.layers.Dense(1)
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    for refused in (lambda: backend.layers(layer), lambda: backend.attach(keras.optimizers.SGD(), None, None)):
+    for refused in (lambda: backend.layers(layer), lambda: backend.attach(keras.optimizers.SGD(), None, None, None)):
         with pytest.raises(cc.InvalidInput, match=r"Keras runs on 'jax'.*set KERAS_BACKEND=tensorflow"):
             refused()
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import clipcore as cc
+from clipcore.clipping.given import Given
 from clipcore.clipping.kernels import round_once
 from clipcore.testing import strategies
 from clipcore.testing.checks import assert_like_reference, assert_same_bits
@@ -252,7 +253,7 @@ def repeated(values, dtype):
 def test_duplicates_are_summed_in_float64_and_rounded_once(backend, values, dtype, total):
     policy = cc.ClipByValue(1e9) if total == math.inf else cc.ClipByGlobalNorm(1e9)
     assert cc.clip(repeated(values, dtype), policy)[1].norm == total
-    assert float(policy.bound([repeated(values, dtype)], backend.primitives())[1].norm) == total
+    assert float(policy.bound(Given([repeated(values, dtype)], backend.primitives()), {})[2].norm) == total
 
 
 @given(st.lists(st.floats(-4.0, 4.0, width=16), min_size=2, max_size=5), st.sampled_from(REAL))
@@ -260,6 +261,29 @@ def test_the_sum_of_duplicates_is_the_one_that_the_core_rounds(values, dtype):
     shown = to_array(values_of(repeated(values, dtype)))
     exact = to_array(torch.tensor(values, dtype=dtype)).astype(np.float64).sum(keepdims=True)
     assert np.array_equal(shown, round_once(exact, shown.dtype))  # but for the sign of a zero
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_a_sparse_gradient_in_place_is_refused_where_the_result_is_dense():
+    layer = nn.Embedding(5, 3, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    before = layer.weight.grad.to_dense()
+    with pytest.raises(cc.InvalidInput, match=r"grads\[0\] is sparse, and AdaptiveClip .*cc\.clip"):
+        cc.clip_grads_(layer, cc.AdaptiveClip(1e-3))
+    assert torch.equal(layer.weight.grad.to_dense(), before)
+    (clipped,), report = cc.clip([layer.weight.grad], cc.AdaptiveClip(1e-3), model=layer)
+    (dense,), _ = cc.clip([before], cc.AdaptiveClip(1e-3), model=layer)
+    assert report.clipped
+    assert torch.equal(clipped, dense)
+
+
+def test_unaligned_memory_is_clipped_as_any():
+    odd = torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1, count=10).fill_(3.0)
+    assert odd.data_ptr() % 4
+    wanted = cc.clip([torch.full((10,), 3.0)], cc.ClipByNorm(1.0))[0][0]
+    assert torch.equal(cc.clip([odd], cc.ClipByNorm(1.0))[0][0], wanted)
+    cc.clip_([odd], cc.ClipByNorm(1.0))
+    assert torch.equal(odd, wanted)
 
 
 def test_an_empty_sparse_gradient_is_in_range():
@@ -319,3 +343,39 @@ def test_integers_and_strangers_are_refused():
         cc.clip([torch.ones(2), np.ones(2)], POLICY)
     with pytest.raises(cc.InvalidInput, match="expected a module or its parameters"):
         cc.clip_grads_([nn.Parameter(torch.ones(2)), "weight"], POLICY)
+
+
+def test_views_of_one_gradient_that_carries_a_graph_count_once_in_place():
+    x = torch.tensor([3.0, 4.0], requires_grad=True) * 1
+    assert cc.clip_([x, x.view(2)], cc.ClipByGlobalNorm(1.0)).norm == 5.0
+    assert torch.equal(x, torch.tensor([0.6, 0.8]))
+    with pytest.raises(cc.InvalidInput, match="elements share memory"):
+        cc.clip_([x, torch.tensor(3.0).expand(2)], cc.ClipByGlobalNorm(0.1))
+
+
+def test_autograd_hears_of_writes_alone():
+    grads = [torch.ones(3), torch.ones(2)]
+    cc.clip_(grads, cc.ClipByGlobalNorm(10.0))
+    with pytest.raises(cc.NonFinite):
+        cc.clip_([*grads, torch.tensor([math.nan])], cc.ClipByGlobalNorm(10.0, nonfinite="raise"))
+    assert [grad._version for grad in grads] == [0, 0]
+    cc.clip_(grads, cc.ClipByGlobalNorm(1.0))
+    assert [grad._version for grad in grads] == [1, 1]
+
+
+def test_a_sparse_gradient_is_bounded_where_it_holds_nothing_as_well():
+    sparse = torch.sparse_coo_tensor([[0, 1]], torch.tensor([3.0, 0.2]), (4,), check_invariants=True)
+    assert torch.equal(cc.clip(sparse, cc.ClipByValue(0.5, 1.0))[0], torch.tensor([1.0, 0.5, 0.5, 0.5]))
+    assert cc.clip(sparse, cc.ClipByValue(-1.0, 1.0))[0].is_sparse
+
+
+def test_gradients_by_names_that_the_model_does_not_have_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    for policy in (cc.PerGroup({"0": cc.ClipByValue(0.1)}), cc.AdaptiveClip()):
+        with pytest.raises(cc.InvalidInput, match=r"'module\.0\.weight'.*no parameter of that name.*'0\.weight'"):
+            cc.clip({"module.0.weight": torch.ones(2, 2)}, policy, model=model)
+
+
+def test_a_layer_whose_layout_is_unknown_is_named_with_what_helps():
+    with pytest.raises(cc.InvalidInput, match=r"in_proj_weight.*whose layout clipcore does not know.*PerGroup"):
+        cc.limit_(nn.MultiheadAttention(4, 2), cc.MaxNorm(1.0))

@@ -10,6 +10,7 @@ from hypothesis import given
 from torch import nn
 
 import clipcore as cc
+from clipcore.clipping.given import Given
 from clipcore.testing import strategies
 from clipcore.testing.checks import NORM_TOLERANCE, assert_close, coarsest, expected, smallest_normal
 from clipcore_torch._tensors import as_tensor, to_array
@@ -228,7 +229,7 @@ def test_sparse_gradients_pass_through_the_primitives(backend):
     indices, values = torch.tensor([[0, 2, 0]]), torch.tensor([3.0, 0.0, 4.0])
     sparse = torch.sparse_coo_tensor(indices, values, (4,), check_invariants=True)
     for policy in (cc.ClipByGlobalNorm(1.0), cc.ClipByValue(1.0), cc.ClipByGlobalNorm(1.0, nonfinite="zero")):
-        (clipped,), report = policy.bound([sparse], backend.primitives())
+        (clipped,), _, report = policy.bound(Given([sparse], backend.primitives()), {})
         assert torch.equal(clipped.to_dense(), torch.tensor([1.0, 0, 0, 0]))
         assert float(report.norm) == 7.0
 
@@ -258,13 +259,194 @@ def test_long_sums_are_exact_to_the_contract():
 
 
 def test_without_float64_the_same_policies_hold_in_float32(backend, monkeypatch):
-    for module in ("_primitives", "_tensors"):
+    for module in ("_numbers", "_tensors"):
         monkeypatch.setattr(f"clipcore_torch.{module}.DEVICES_WITHOUT_FLOAT64", ("cpu",))
     for values, limit in (([1e20] * 3, 1.0), ([3e-30, 4e-30], 1e-30), ([3e-22, 4e-22], 1e-22), ([3.0, 4.0], 5.0)):
         grads = [torch.tensor(values), torch.tensor([1.0, 0.0], dtype=torch.float16) * 0]
         for policy in (cc.ClipByGlobalNorm(limit), cc.ClipByGlobalNorm(limit, p=3.0)):
-            clipped, report = policy.bound(grads, backend.primitives())
+            clipped, _, report = policy.bound(Given(grads, backend.primitives()), {})
             wanted, exact = cc.clip(grads, policy)
             assert_close(flat(clipped), flat(wanted), ulps=4, absolute=0.0)
             assert report.norm.dtype == torch.float32
             assert float(report.norm) == pytest.approx(exact.norm, rel=1e-6)
+
+
+UNITS = {"unit_axis": 0}
+NEW_POLICIES = [
+    cc.ClipByAverageNorm(0.1),
+    cc.ClipByBlockRMS(0.5),
+    cc.AdaptiveClip(0.1, **UNITS),
+    cc.AutoClip(30.0, window=3),
+    cc.ZClip(0.1, warmup=2),
+    cc.AdaGC(1.0, warmup=2),
+    cc.SpikeClip(0.5, decay=0.5, warmup=1),
+    cc.MinMaxNorm(0.6, 0.9, **UNITS),
+    cc.UnitNorm(**UNITS),
+    cc.Box(0.3),
+    cc.Chain([cc.ClipByValue(0.5), cc.AutoClip(window=4), cc.ClipByNorm(0.5)]),
+    cc.PerGroup({"a": cc.ClipByNorm(0.3), "b": cc.AdaGC(0.5, warmup=1)}),
+    cc.PerGroup({"a": cc.SpikeClip(0.5, warmup=1, decay=0.5)}, default=cc.AutoClip(30.0)),
+    cc.AutoClip(30.0, nonfinite="skip"),
+    cc.AdaGC(1.0, warmup=1, nonfinite="zero"),
+]
+# on a CPU the largest factors, elsewhere factors that may be lower by two units of the dtype
+HARD_POLICIES = [
+    cc.PerExampleClip(1.0),
+    cc.PerExampleClip(1.0, per_layer=True),
+    cc.QuantileClip(1.0),
+    cc.MaxNorm(0.5, **UNITS),
+    cc.SpectralLimit(1.0, **UNITS),
+    cc.SpectralLimit(1.0, method="power", **UNITS),
+]
+
+
+def named_gradients(dtypes=(torch.float32, torch.float64, torch.bfloat16)):
+    shapes = {"a": (4, 5), "b": (4, 3, 2), "d": (4,)}
+    grads = {name: torch.randn(shape).to(dtype) for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True)}
+    return {"a": grads["a"], "c": None, "b": grads["b"], "d": grads["d"]}
+
+
+def steps_of(policy, clip, dtypes, poison=None):
+    """Four steps of a policy by a compiled function and by an eager one: pairs of results, states and reports."""
+    torch.manual_seed(0)
+    params = named_gradients(dtypes)
+    states = [policy.init(params, params)] * 2
+    for index in range(4):
+        grads = named_gradients(dtypes)
+        if index == poison:
+            grads["a"][1, 2] = math.nan
+        results = [update(grads, state, params) for update, state in zip((clip, policy.update), states, strict=True)]
+        states = [state for _, state, _ in results]
+        yield results
+
+
+def assert_states_agree(policy, state, wanted):
+    from clipcore.clipping.call import flat_state
+
+    flat_wanted = flat_state(policy, wanted)
+    for name, value in flat_state(policy, state).items():
+        tolerance = 2e-7 if "moment" in name else 1e-13
+        np.testing.assert_allclose(to_array(torch.as_tensor(value)), flat_wanted[name], tolerance)
+
+
+def compiled(policy, **options):
+    return torch.compile(lambda grads, state, params: policy.update(grads, state, params), fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("poison", [None, 2])
+@pytest.mark.parametrize("policy", NEW_POLICIES, ids=repr)
+def test_every_policy_compiled_agrees_with_the_eager_one_step_by_step(policy, poison):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    for (actual, state, report), (wanted, exact_state, exact) in steps_of(
+        policy, compiled(policy, backend="aot_eager"), dtypes, poison
+    ):
+        assert_close(flat(actual), flat(wanted), relative=NORM_TOLERANCE, absolute=0.0)
+        assert_states_agree(policy, state, exact_state)
+        for field in ("norm", "scale", "limit"):
+            value = float(getattr(report, field))
+            assert value == pytest.approx(getattr(exact, field), rel=NORM_TOLERANCE, nan_ok=True)
+        assert int(report.nonfinite) == exact.nonfinite
+        # a limit that is the norm itself may be one rounding below it
+        assert bool(report.clipped) == exact.clipped or exact.scale == pytest.approx(1.0, rel=NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", HARD_POLICIES, ids=repr)
+def test_hard_bounds_compiled_are_at_most_two_units_below_the_largest(policy, dtype):
+    for (actual, _, report), (wanted, _, exact) in steps_of(policy, compiled(policy, backend="aot_eager"), [dtype] * 3):
+        unit = torch.finfo(dtype).eps
+        # a sum over examples may cancel, and then has fewer digits than its terms, each at most 1
+        absolute = 0.0 if policy.keeps_shapes else 3 * unit
+        assert_close(flat(actual), flat(wanted), relative=5e-14, ulps=3, absolute=absolute)
+        assert bool(report.clipped) == exact.clipped
+        assert exact.scale * (1 - max(3 * unit, 5e-14)) <= float(report.scale) <= exact.scale * (1 + max(unit, 5e-14))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+def test_inductor_compiles_what_policies_with_state_and_units_are_made_of():
+    spikes, units = cc.SpikeClip(0.5, decay=0.5, warmup=1), cc.AdaptiveClip(0.1, unit_axis=0)
+    policy = cc.PerGroup({"a": cc.Chain([spikes, units])}, default=cc.AutoClip(30.0))
+    dtypes = (torch.float32, torch.float64, torch.float32)
+    for (actual, state, _), (wanted, exact_state, _) in steps_of(policy, compiled(policy), dtypes):
+        # two policies in a chain round twice
+        assert_close(flat(actual), flat(wanted), relative=NORM_TOLERANCE, ulps=2, absolute=0.0)
+        assert_states_agree(policy, state, exact_state)
+
+
+def stored_norm(policy, tensor):
+    """The norm that a policy bounds, of a tensor as it is stored, exactly enough to see one unit of float64."""
+    values = to_array(tensor).astype(np.longdouble)
+    if isinstance(policy, cc.SpectralLimit):
+        return np.linalg.norm(values.astype(np.float64), 2)
+    return np.sqrt(np.square(values).sum(1)).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [0.7, 3e-5, 1e-6])  # of the latter, most of what float16 stores is subnormal
+@pytest.mark.parametrize("kind", [cc.MaxNorm, cc.SpectralLimit])
+def test_what_a_hard_bound_stores_never_exceeds_it(backend, kind, limit, dtype):
+    policy = kind(limit, unit_axis=0)
+    for size in (2, 3, 17, 300):
+        tensor = torch.randn(20, size, dtype=torch.float64).to(dtype)
+        (bounded,), _, report = policy.bound(Given([tensor], backend.primitives(), slots=[0]), {})
+        assert stored_norm(policy, bounded) <= limit
+        assert torch.isfinite(bounded).all()
+        assert bool(report.clipped)
+        assert dtype is torch.float16 or stored_norm(policy, bounded) >= limit * (
+            1 - 4 * torch.finfo(dtype).eps - 1e-13
+        )
+
+
+def test_examples_over_several_tensors_never_exceed_their_bound(backend):
+    policy = cc.PerExampleClip(1.0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        tensors = [torch.randn(30, 50).to(dtype), torch.randn(30, 2, 7).to(dtype)]
+        primitives = backend.primitives()
+        _, measure = primitives.measure(tensors, 2.0, [(0,), (0,)])
+        stored, _ = primitives.within(tensors, primitives.join(measure), 1.0, policy.nonfinite)
+        rows = torch.cat([tensor.flatten(1) for tensor in stored], 1)
+        assert stored_norm(policy, rows) <= 1.0
+
+
+def test_lists_are_scaled_together_where_a_launch_is_dear(backend, monkeypatch):
+    grads = [torch.randn(3), torch.randn(2, 2), torch.randn(4).bfloat16(), torch.randn(2, dtype=torch.float64)] * 2
+    for policy in (
+        cc.ClipByGlobalNorm(0.1),
+        cc.ClipByNorm(0.1),
+        cc.ClipByGlobalNorm(0.0),
+        cc.ClipByGlobalNorm(1.0, p=1.0),
+    ):
+        apart, _, report = policy.bound(Given(grads, backend.primitives()), {})
+        monkeypatch.setattr("clipcore_torch._together._DEVICES", ("cpu",))
+        together, _, same = policy.bound(Given(grads, backend.primitives()), {})
+        monkeypatch.undo()
+        assert_close(flat(together), flat(apart), relative=NORM_TOLERANCE, absolute=0.0)
+        assert float(same.norm) == pytest.approx(float(report.norm), rel=NORM_TOLERANCE)
+
+
+def test_per_example_bounds_work_under_vmap_and_are_differentiable():
+    batch = torch.randn(2, 5, 3) * 3
+    summed = torch.vmap(lambda x: cc.clip(x, cc.PerExampleClip(1.0))[0])(batch)
+    apart = torch.stack([cc.clip(x.requires_grad_(), cc.PerExampleClip(1.0))[0] for x in batch.unbind()])
+    torch.testing.assert_close(summed, apart.detach())
+    tensors = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True)]
+    for policy in (cc.PerExampleClip(1.0), cc.SpectralLimit(1.0, unit_axis=0), cc.MaxNorm(0.5, unit_axis=0)):
+        assert torch.autograd.gradcheck(lambda *x, policy=policy: tuple(cc.clip(list(x), policy)[0]), tensors)
+
+
+def test_the_percentile_is_numpys():
+    from clipcore_torch._arithmetic import TorchArithmetic
+
+    values = torch.rand(50, dtype=torch.float64)
+    for count in (1, 2, 3, 10, 49, 50):
+        for q in (0.0, 10.0, 33.3, 50.0, 97.5, 100.0):
+            found = TorchArithmetic().percentile(values, torch.tensor(count), q)
+            assert float(found) == np.percentile(values[:count].numpy(), q)
+
+
+def test_second_moments_are_of_what_is_stored(backend):
+    grads, moments = [torch.tensor([3.0, -0.5], dtype=torch.bfloat16)], [torch.tensor([0.3, 0.3])]
+    (stored,), (after,), changed = backend.primitives().spike(grads, moments, 2.0, 0.5, True)
+    assert torch.equal(stored.float(), torch.tensor([math.sqrt(0.6), -0.5]).bfloat16().float())
+    assert torch.equal(after, 0.5 * moments[0] + 0.5 * stored.float().square())
+    assert bool(changed)

@@ -1,13 +1,23 @@
 """Policies attached to optimizers: every step clipped once, after accumulation and unscaling."""
 
 import copy
+import importlib.util
+import json
 import math
+import pathlib
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import clipcore as cc
+
+_spec = importlib.util.spec_from_file_location("data_parallel", pathlib.Path(__file__).with_name("data_parallel.py"))
+data_parallel = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(data_parallel)
 
 POLICY = cc.ClipByGlobalNorm(0.01)
 SKIP = cc.ClipByGlobalNorm(0.01, nonfinite="skip")
@@ -502,6 +512,7 @@ def test_gradients_beside_float16_are_scaled_and_clipped_in_a_dtype_that_holds_t
     assert clipped == pytest.approx(gradient / abs(gradient), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 def test_a_step_inside_a_compiled_function_is_clipped():
     network = model()
     twin = copy.deepcopy(network)
@@ -547,3 +558,285 @@ def test_what_is_no_optimizer_is_refused():
         cc.compile(model(), nn.MSELoss(), "adam", clip=POLICY)
     with pytest.raises(cc.InvalidInput, match=r"of type Linear; expected a torch\.optim\.Optimizer"):
         cc.attach(nn.Linear(1, 1), POLICY)
+
+
+LEARNING = [
+    cc.AutoClip(30.0, window=4),
+    cc.ZClip(0.1, warmup=2),
+    cc.AdaGC(1.0, warmup=2),
+    cc.SpikeClip(0.5, decay=0.5, warmup=1),
+    cc.AdaptiveClip(0.01),
+    cc.PerGroup({"bias$": cc.ClipByValue(0.01)}, default=cc.AutoClip(50.0)),
+    cc.Chain([cc.ClipByValue(5.0), cc.AdaGC(1.0, warmup=1)]),
+]
+
+
+def assert_same_learning(state, wanted):
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(state[name], value, name)
+
+
+@pytest.mark.parametrize("policy", LEARNING, ids=repr)
+def test_every_policy_acts_as_a_clipper_would_with_gradients_missing_now_and_then(policy):
+    network = model()
+    twin = copy.deepcopy(network)
+    optimizer, manual = adamw(network), adamw(twin)
+    attachment = cc.attach(optimizer, policy, network)
+    clipper = cc.Clipper(policy, twin)
+    for index in range(5):
+        x = batch()
+        fill(network, x)
+        fill(twin, x)
+        if index in (0, 3):
+            network[0].bias.grad = twin[0].bias.grad = None
+        with torch.no_grad():  # else the weights beside the gradients are part of a graph
+            report = clipper.clip_(grads(twin), list(twin.parameters()))
+        optimizer.step()
+        manual.step()
+        assert attachment.reports[-1] == report
+        assert_same(snapshot(twin, manual), snapshot(network, optimizer))
+    assert_same_learning(attachment.state_dict(), clipper.state_dict())
+
+
+@pytest.mark.parametrize("policy", LEARNING, ids=repr)
+def test_training_goes_on_from_a_saved_state_bit_for_bit(policy):
+    network = model()
+    optimizer = sgd(network)
+    attachment = cc.attach(optimizer, policy, network)
+    batches = [batch() for _ in range(6)]
+    for x in batches[:3]:
+        fill(network, x)
+        optimizer.step()
+    twin = copy.deepcopy(network)
+    other = sgd(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = cc.attach(other, policy, twin)
+    resumed.load_state_dict(attachment.state_dict())
+    for x in batches[3:]:
+        for net, opt in ((network, optimizer), (twin, other)):
+            fill(net, x)
+            opt.step()
+        assert resumed.reports[-1] == attachment.reports[-1]
+    assert_same_learning(resumed.state_dict(), attachment.state_dict())
+
+
+def test_a_state_saved_before_the_first_step_is_one_to_start_from():
+    network = model()
+    optimizer = sgd(network)
+    attachment = cc.attach(optimizer, cc.AutoClip())
+    attachment.load_state_dict(attachment.state_dict())
+    fill(network, batch())
+    optimizer.step()
+    assert len(attachment.reports) == 1
+    with pytest.raises(cc.InvalidInput, match="another"):
+        attachment.load_state_dict({"ZClip.mean": np.zeros(())})
+
+
+@pytest.mark.parametrize("policy", [*LEARNING[:4], LEARNING[-1]], ids=repr)
+def test_a_step_that_is_skipped_teaches_nothing(policy):
+    import dataclasses
+
+    def skipping(policy):
+        if isinstance(policy, cc.Chain):
+            return cc.Chain([skipping(member) for member in policy.policies])
+        return dataclasses.replace(policy, nonfinite="skip")
+
+    network = model()
+    optimizer = sgd(network)
+    attachment = cc.attach(optimizer, skipping(policy))
+    for poison in (False, True, False):
+        before = attachment.state_dict()
+        fill(network, batch())
+        if poison:
+            network[0].weight.grad[0, 0] = math.nan
+        optimizer.step()
+        if poison:
+            assert_same_learning(attachment.state_dict(), before)
+    assert int(attachment.state_dict()[next(k for k in before if k.endswith("count"))]) == 2
+
+
+@pytest.mark.parametrize(("make", "options"), [(sgd, {}), (sgd, {"fused": True})])
+@pytest.mark.parametrize("mode", ["propagate", "skip", "zero"])
+def test_a_step_that_the_scaler_skips_teaches_nothing(make, options, mode):
+    policy = cc.AutoClip(50.0, nonfinite=mode)
+    torch.manual_seed(0)
+    network = model()
+    optimizer = make(network, **options)
+    attachment = cc.attach(optimizer, policy)
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**12)
+    for poison in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(network, batch() / 100)).backward()
+        if poison:
+            network[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    assert int(attachment.state_dict()["AutoClip.count"]) == len(attachment.reports) == 2
+
+
+@pytest.mark.parametrize("policy", LEARNING, ids=repr)
+def test_every_policy_sees_unscaled_gradients_in_a_fused_step(policy):
+    results = []
+    for scale in (None, 2.0**12):
+        torch.manual_seed(0)
+        network = model()
+        optimizer = sgd(network, fused=True)
+        attachment = cc.attach(optimizer, policy, network)
+        scaler = torch.amp.GradScaler(device="cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(network, batch() / 100)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((snapshot(network, optimizer), list(attachment.reports)))
+    assert_same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_lbfgs_puts_back_what_the_policy_learned_in_a_step_that_is_skipped():
+    network = model(torch.float64)
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=5)
+    attachment = cc.attach(optimizer, cc.AutoClip(50.0, nonfinite="skip"))
+    x, calls, poison = batch(torch.float64), [], math.inf
+
+    def closure():
+        fill(network, x)
+        if len(calls) == poison:
+            network[0].bias.grad[0] = math.nan
+        calls.append(1)
+        return loss_of(network, x)
+
+    optimizer.step(closure)
+    before = attachment.state_dict()
+    assert int(before["AutoClip.count"]) == len(calls)
+    poison = len(calls) + 2
+    optimizer.step(closure)
+    assert_same_learning(attachment.state_dict(), before)
+
+
+def test_groups_of_parameters_have_policies_of_their_own_by_name():
+    network = model()
+    groups = [{"params": network[0].parameters(), "lr": 0.1}, {"params": network[2].parameters(), "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups)
+    policy = cc.PerGroup({r"^0\.": cc.ClipByGlobalNorm(0.01), r"^2\.weight": cc.ClipByValue(1e-4)})
+    attachment = cc.attach(optimizer, policy, network)
+    fill(network, batch())
+    bias = network[2].bias.grad.clone()
+    optimizer.step()
+    first = math.sqrt(sum(float(p.grad.square().sum()) for p in network[0].parameters()))
+    assert first == pytest.approx(0.01, rel=1e-6)
+    assert float(network[2].weight.grad.abs().max()) == np.float32(1e-4)
+    assert torch.equal(network[2].bias.grad, bias)
+    assert len(attachment.reports[0].norms) == 3
+
+
+def test_an_optimizer_of_a_part_of_the_model_knows_its_names():
+    network = model()
+    optimizer = sgd(network[2])
+    attachment = cc.attach(optimizer, cc.PerGroup({r"^2\.bias$": cc.ClipByNorm(0.01)}), network)
+    fill(network, batch())
+    optimizer.step()
+    assert float(network[2].bias.grad.norm()) == pytest.approx(0.01, rel=1e-6)
+    assert len(attachment.reports) == 1
+
+
+def test_what_a_policy_misses_is_said_when_it_is_attached():
+    network = model()
+    with pytest.raises(cc.InvalidInput, match="pass model="):
+        cc.attach(sgd(network), cc.PerGroup({"bias": cc.ClipByValue(1.0)}))
+    with pytest.raises(cc.InvalidInput, match="pass model="):
+        cc.attach(sgd(network), cc.AdaptiveClip())
+    with pytest.raises(cc.InvalidInput, match="found in none of the names"):
+        cc.attach(sgd(network), cc.PerGroup({"no such": cc.ClipByValue(1.0)}), network)
+    with pytest.raises(cc.InvalidInput, match="is no parameter of the model"):
+        cc.attach(sgd(network), cc.AdaptiveClip(), model())
+    optimizer = sgd(network)
+    with pytest.raises(cc.InvalidInput, match=r"PerExampleClip cannot be attached to an optimizer: it bounds the grad"):
+        cc.attach(optimizer, cc.PerExampleClip(1.0))
+    cc.attach(optimizer, cc.AdaptiveClip(unit_axis=0, nonfinite="raise"))  # what was refused left nothing behind
+
+
+def test_sparse_gradients_become_dense_for_a_policy_that_compares_elements():
+    table = nn.Embedding(6, 2, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    attachment = cc.attach(optimizer, cc.AdaptiveClip(1e-6), table)
+    before = table.weight.detach().clone()
+    table(torch.tensor([1, 1, 4])).sum().backward()
+    optimizer.step()
+    assert attachment.reports[0].clipped
+    moved = (table.weight.detach() - before).norm(dim=1)
+    assert float(moved.max()) <= 1e-5
+    assert torch.count_nonzero(table.weight.grad) == 4
+
+
+def test_reports_are_handed_on_step_by_step():
+    network, seen = model(), []
+    optimizer = sgd(network)
+    _, _, same = cc.compile(network, nn.MSELoss(), optimizer, clip=POLICY, on_report=seen.append)
+    assert same is optimizer
+    for _ in range(2):
+        fill(network, batch())
+        optimizer.step()
+    assert [report.clipped for report in seen] == [True, True]
+
+
+class Writer:
+    """What SummaryWriter is to cc.to_tensorboard."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+
+def test_tensorboard_gets_norm_limit_scale_and_the_share_of_clipped_steps():
+    writer = Writer()
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    cc.attach(optimizer, cc.ClipByGlobalNorm(1.0), on_report=cc.to_tensorboard(writer, prefix="p"))
+    for grad in ([3.0, 4.0], [0.5, 0.0]):
+        param.grad = torch.tensor(grad)
+        optimizer.step()
+    names = ("p/norm", "p/limit", "p/scale", "p/share_clipped")
+    first = list(zip(names, (5.0, 1.0, 0.2, 1.0), (1,) * 4, strict=True))
+    second = list(zip(names, (0.5, 1.0, 1.0, 0.5), (2,) * 4, strict=True))
+    assert writer.scalars == first + second
+    with pytest.raises(cc.InvalidInput, match="add_scalar"):
+        cc.to_tensorboard("runs")
+
+
+def test_accumulated_gradients_are_clipped_as_those_of_the_whole_batch():
+    network = model(torch.float64)
+    twin = copy.deepcopy(network)
+    results = []
+    for net, parts in ((network, 4), (twin, 1)):
+        torch.manual_seed(1)
+        optimizer = adamw(net)
+        attachment = cc.attach(optimizer, cc.AutoClip(50.0))
+        for _ in range(3):
+            x = batch(torch.float64)
+            net.zero_grad()
+            for part in x.chunk(parts):
+                (loss_of(net, part) / parts).backward()
+            optimizer.step()
+        results.append([report.norm for report in attachment.reports])
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+    torch.testing.assert_close(network.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    "policy", [cc.ClipByGlobalNorm(0.5), cc.PerGroup({"weight$": cc.AutoClip(50.0)}, default=cc.AdaptiveClip(0.01))]
+)
+def test_two_processes_clip_alike_and_as_one_on_the_joint_batch(policy, tmp_path):
+    config = json.dumps(policy.to_config())
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("data_parallel.py")), str(tmp_path), config]
+    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
+    assert_same_learning(first, second)
+    alone = data_parallel.train(policy, rank=0, size=1)
+    assert alone.keys() == first.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(value, first[name], rtol=1e-9, err_msg=name)

@@ -83,7 +83,7 @@ def test_one_weight_in_two_places_counts_once(models: Any, policy: cc.Policy) ->
     (layer,) = models.layers(model)
     values = {"kernel": np.array([3.0, 4.0], np.float32), "bias": np.zeros(1, np.float32)}
     models.write(model, {t.name: values[role].reshape(t.shape) for role, t in layer.tensors.items()})
-    weights = models.weights(model)
+    weights = [models.detached(weight) for weight in models.weights(model)]
     report = cc.clip_([*weights, *weights], policy, backend=models.name)
     checks.assert_norm(report.norm, 5.0)
 
@@ -101,3 +101,22 @@ def test_limiting_the_weights_of_a_model_gives_the_same_bits(models: Any, policy
     assert report.clipped
     read = models.read(model, list(values))
     checks.assert_like_reference([np.array(read[name]) for name in values], policy, list(values.values()))
+
+
+RAISING: list[cc.Policy] = [
+    cc.PerGroup({"a": cc.ClipByNorm(1.0, nonfinite="raise")}, default=cc.ClipByNorm(1.0, nonfinite="raise")),
+    cc.Chain([cc.ClipByValue(1.0, nonfinite="raise"), cc.ClipByGlobalNorm(1.0, nonfinite="raise")]),
+    cc.AdaptiveClip(exclude=("b",), unit_axis=0, nonfinite="raise"),
+    cc.MaxNorm(1.0, unit_axis=0, nonfinite="raise"),
+]
+
+
+@pytest.mark.parametrize("policy", RAISING, ids=lambda policy: type(policy).__name__)
+def test_a_fault_in_the_last_part_leaves_the_first_as_it_was(
+    backend: Backend, mutable: bool, policy: cc.Policy
+) -> None:
+    inputs = {"a": np.array([[3.0, 4.0]]), "b": np.array([math.nan])}
+    tensors = as_tensors(backend, inputs)
+    with pytest.raises(cc.NonFinite if mutable else (cc.NonFinite, cc.InvalidInput)):
+        cc.clip_(tensors, policy, params=tensors if policy.asks else None, backend=backend.name)
+    checks.assert_same_bits(as_arrays(backend, tensors), list(inputs.values()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __version__ = "0.1.0"
-__all__ = ["clipped_class"]
+__all__ = ["ClipLogger", "clipped_class"]
 
 
 def clipped_class(optimizer_class: type) -> type:
@@ -15,3 +17,12 @@ def clipped_class(optimizer_class: type) -> type:
     from clipcore_tensorflow._training import clipped_class as registered
 
     return registered(optimizer_class)
+
+
+def __getattr__(name: str) -> Any:
+    """ClipLogger, whose base class is Keras's: it is imported when it is first used."""
+    if name != "ClipLogger":
+        raise AttributeError(f"module 'clipcore_tensorflow' has no attribute {name!r}")
+    from clipcore_tensorflow._logger import ClipLogger
+
+    return ClipLogger

@@ -139,6 +139,19 @@ def weights(model_or_params: Any) -> list[Any]:
     return list(unique.values())
 
 
+def parameters(model: Any) -> dict[str, Any]:
+    """See `clipcore.backend.ModelBackend.parameters`: the objects that `weights` gives, for frozen ones too."""
+    check_model(model)
+    held = model.weights if isinstance(model, keras.layers.Layer) else model.variables
+    objects = {id(tf_variable(variable)): variable for variable in held}
+    return {
+        tensor.name: objects.get(id(variable), variable)
+        for listed in describe(model)
+        for role, tensor in listed.layer.tensors.items()
+        if not role.startswith("running") and (variable := listed.variables[role]).dtype.is_floating
+    }
+
+
 def load_model(factory: Any, path: str | None) -> Any:
     """See `clipcore.backend.ModelBackend.load_model`; `factory` may be a model already."""
     model = factory if is_model(factory) else factory()

@@ -12,8 +12,9 @@ import tensorflow as tf
 # There is no public way to ask whether a tf.GradientTape records a tensor.
 from tensorflow.python.eager import record
 
-from clipcore.clipping.kernels import round_once
+from clipcore.clipping.kernels import empty_like, round_once
 from clipcore.errors import InvalidInput
+from clipcore_tensorflow._elements import coalesced
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -67,6 +68,32 @@ def to_host(tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | 
     if not all(map(_on_cpu, dense)) or record.should_record_backprop(dense):
         return None
     return [_coalesced(t) if isinstance(t, tf.IndexedSlices) else _view(t) for t in map(_value, tensors)]
+
+
+def to_dense(tensor: Any) -> Any:
+    """See `clipcore.backend.Backend.to_dense`.
+
+    Raises:
+        InvalidInput: a sparse tensor that does not say its shape.
+    """
+    if not isinstance(tensor, tf.IndexedSlices):
+        return tensor
+    if tensor.dense_shape is None:
+        raise InvalidInput(
+            f"a tf.IndexedSlices with values of shape {tuple(tensor.values.shape)} has no dense_shape, and the policy "
+            f"needs all of its elements: make it with dense_shape="
+        )
+    shape = tf.get_static_value(tensor.dense_shape)
+    shape = tensor.dense_shape if shape is None else shape.tolist()
+    host = to_host([tensor])
+    if host is None:
+        sums = coalesced(tensor)  # what is left over of duplicates is zeros, which change nothing
+        return tf.tensor_scatter_nd_add(tf.zeros(shape, tensor.dtype), sums.indices[:, None], sums.values)
+    unique, inverse = _unique(tensor)
+    dense = empty_like(np.broadcast_to(np.zeros((), host[0].dtype), shape))
+    dense[...] = 0
+    dense[_view(tensor.indices) if inverse is None else unique] = host[0]
+    return to_tensor(dense)
 
 
 def check_assignable(tensor: Any) -> None:

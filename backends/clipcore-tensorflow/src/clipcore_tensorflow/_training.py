@@ -7,53 +7,54 @@ subclass sums over replicas before it clips, and leaves out the rest where the p
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from clipcore.clipping.api import clip
+from clipcore.backend import Axes
 from clipcore.clipping.policies import Policy, policy_from_config
-from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput
-from clipcore.training import Attachment
+from clipcore.training import Attachment, OnReport
+from clipcore_tensorflow._attached import Attached
 from clipcore_tensorflow._layers import check_keras
 
 _PACKAGE = "clipcore"
-_KEY = "clip_policy"  # of the policy in an optimizer's config
+_KEY, _NAMES, _AXES = "clip_policy", "clip_names", "clip_axes"  # in an optimizer's config
 _OWN_CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
 _classes: dict[type, type] = {}
-
-
-class _State:
-    """A policy on an optimizer, where its reports go, and whether the step under way is skipped."""
-
-    def __init__(self, policy: Policy, reports: deque[ClipReport] | None = None) -> None:
-        self.policy, self.reports = policy, reports
-        self.skip: Any = None  # a bool, or inside a graph a tensor of it; None where no step can be skipped
-        self.start: Any = None  # what the optimizer's counter was before the step under way
 
 
 class Clipped:
     """What a policy adds to an optimizer's class; it comes first among the bases."""
 
     clipcore_original: type  # the class without a policy
-    _clipcore: _State
+    _clipcore: Attached
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
-        return {**config, _KEY: self._clipcore.policy.to_config()}
+        attached = self._clipcore
+        known = {} if attached.names is None else {_NAMES: list(attached.names), _AXES: _plain(attached.axes)}
+        return {**config, _KEY: attached.policy.to_config(), **known}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         config = dict(config)
         policy = policy_from_config(config.pop(_KEY))
+        names, axes = config.pop(_NAMES, None), config.pop(_AXES, None)
         extra = {} if custom_objects is None else {"custom_objects": custom_objects}
         optimizer = super().from_config(config, **extra)  # type: ignore[misc]
-        object.__setattr__(optimizer, "_clipcore", _State(policy))
+        axes = None if axes is None else [None if own is None else tuple(own) for own in axes]
+        object.__setattr__(optimizer, "_clipcore", Attached(policy, names=names, axes=axes))
         return optimizer
+
+    def build(self, variables: Any) -> None:
+        # before Keras takes the variables: a state that is refused leaves the optimizer unbuilt, for the right one
+        state = None if self.built else self._clipcore.first_state(variables)  # type: ignore[has-type]
+        super().build(variables)  # type: ignore[misc]
+        if state is not None:
+            self._clipcore.build(self, state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras gives a method of the class, which pickle would look up by a name that no module has
@@ -84,14 +85,23 @@ class Clipped:
             return None
         return self._iterations.value - counted < self._clipcore.start  # type: ignore[attr-defined]
 
+    def _backend_apply_gradients(self, grads: Any, trainable_variables: Any) -> None:
+        self._clipcore.stepping = trainable_variables
+        try:
+            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        finally:
+            self._clipcore.stepping = ()
+
+    @tf.autograph.experimental.do_not_convert
     def _clip_gradients(self, grads: Any) -> Any:
         if _replicas() > 1:
             grads = [grad for grad, _ in super()._all_reduce_sum_gradients([(g, None) for g in grads])]  # type: ignore[misc]
-        clipped, report = clip(list(grads), self._clipcore.policy, backend="tensorflow")
-        if self._clipcore.reports is not None and tf.executing_eagerly() and _is_first_replica():
-            self._clipcore.reports.append(report)
-        if self._clipcore.policy.nonfinite == "skip":
-            self._clipcore.skip = report.nonfinite > 0
+        attached = self._clipcore
+        clipped, report = attached.clip(self, grads)
+        if attached.attachment is not None and tf.executing_eagerly() and _is_first_replica():
+            attached.attachment.keep(report)
+        if attached.policy.nonfinite == "skip":
+            attached.skip = report.nonfinite > 0
         return clipped
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
@@ -120,6 +130,10 @@ class Clipped:
             super()._overwrite_model_variables_with_average_value,  # type: ignore[misc]
             trainable_variables,
         )
+
+
+def _plain(axes: Sequence[Axes | None] | None) -> list[list[int] | None] | None:
+    return None if axes is None else [None if own is None else list(own) for own in axes]
 
 
 def _replicas() -> int:
@@ -192,31 +206,47 @@ def _wraps_others(cls: type) -> bool:
     return issubclass(cls, keras.optimizers.LossScaleOptimizer) or (multi is not None and issubclass(cls, multi))
 
 
-def attach(optimizer: Any, policy: Policy, model: Any) -> Attachment:
+def attach(optimizer: Any, policy: Policy, model: Any, on_report: OnReport | None) -> Attachment:
     """Clip the gradients of every step of `optimizer`, which changes its class; see `clipcore.attach`.
 
     Raises:
-        InvalidInput: it is no Keras 3 optimizer, clips already, or steps by several optimizers.
+        InvalidInput: it is no Keras 3 optimizer, clips already, or steps by several optimizers; the policy asks for a
+            model that was not passed.
     """
     check_keras()
-    optimizer = _inner(optimizer)
+    optimizer = inner_optimizer(optimizer)
     _check(optimizer, policy)
     compiled = weakref.ref(model) if model is not None else None
+    if isinstance(optimizer, Clipped):  # loaded from a file, with what the policy has learned
+        attached = optimizer._clipcore
+    else:
+        attached = Attached(policy, model)
+        attached.check(optimizer)
 
     def detach() -> None:
+        attached.take_off(optimizer)
         object.__setattr__(optimizer, "__class__", optimizer.clipcore_original)
         object.__delattr__(optimizer, "_clipcore")
         _retrace(compiled)
 
-    attachment = Attachment(policy, detach)
-    object.__setattr__(optimizer, "_clipcore", _State(policy, attachment.reports))
+    attached.attachment = Attachment(
+        policy,
+        detach,
+        on_report=on_report,
+        state_dict=attached.state_dict,
+        load_state_dict=attached.load_state_dict,
+    )
     if not isinstance(optimizer, Clipped):
+        object.__setattr__(optimizer, "_clipcore", attached)
         object.__setattr__(optimizer, "__class__", clipped_class(type(optimizer)))
+        if optimizer.built:
+            with optimizer._distribution_strategy.scope():
+                attached.build(optimizer, attached.first_state(optimizer._trainable_variables))
     _retrace(compiled)
-    return attachment
+    return attached.attachment
 
 
-def _inner(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that takes the steps: the one inside a LossScaleOptimizer gets unscaled gradients."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise InvalidInput(
@@ -236,12 +266,12 @@ def _inner(optimizer: Any) -> Any:
 def _check(optimizer: Any, policy: Policy) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, Clipped):
-        state = optimizer._clipcore
-        if state.reports is not None:
+        attached = optimizer._clipcore
+        if attached.attachment is not None:
             raise InvalidInput(f"this {name} has a policy already; remove that first: attachment.remove()")
-        if state.policy != policy:  # loaded from a file; with the same policy the attachment takes it over
+        if attached.policy != policy:  # loaded from a file; with the same policy the attachment takes it over
             raise InvalidInput(
-                f"this {name} was saved with {state.policy} and clips by it: attach that policy, and remove it to "
+                f"this {name} was saved with {attached.policy} and clips by it: attach that policy, and remove it to "
                 f"attach another"
             )
     for argument in _OWN_CLIPPING:
@@ -257,7 +287,9 @@ def _retrace(model: weakref.ref[Any] | None) -> None:
         compiled.train_function = None
 
 
-def compile(model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> tuple[Any, Any, Any]:
+def compile(
+    model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None, on_report: OnReport | None
+) -> tuple[Any, Any, Any]:
     """Compile a Keras model with the policy on its optimizer; see `clipcore.compile`.
 
     The optimizer comes back as the model has it: under mixed_float16 inside a LossScaleOptimizer.
@@ -275,7 +307,7 @@ def compile(model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> 
         raise InvalidInput(
             f"optimizer is {optimizer!r:.60}; expected a Keras optimizer or its name, say 'adam'"
         ) from err
-    attachment = attach(optimizer, policy, model) if policy is not None else None
+    attachment = attach(optimizer, policy, model, on_report) if policy is not None else None
     try:
         model.compile(optimizer=optimizer, loss=loss_fn)
     except Exception:

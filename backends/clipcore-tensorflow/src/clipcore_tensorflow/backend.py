@@ -11,14 +11,14 @@ from clipcore.backend import Layer, Primitives, Watcher
 from clipcore.clipping import api
 from clipcore.clipping.policies import Policy
 from clipcore.errors import InvalidInput
-from clipcore.training import Attachment
-from clipcore_tensorflow import _building, _layers, _models, _tensors, _tracing, _training
+from clipcore.training import Attachment, OnReport
+from clipcore_tensorflow import _building, _examples, _layers, _models, _tensors, _tracing, _training
 from clipcore_tensorflow._primitives import TensorFlowPrimitives
 from clipcore_tensorflow._tensors import Array
 
 # AutoGraph would translate clipcore itself where a tf.function calls it: slowly, and with errors of another class. This
 # mark, which tf.autograph.experimental.do_not_convert sets as well, makes it call these functions as they are.
-for _verb in (api.clip, api.clip_, api.limit_):
+for _verb in (api.clip, api.clip_, api.limit_, Policy.init, Policy.update):
     vars(_verb).setdefault("autograph_info__", {})
 
 _training.register_builtin_optimizers()
@@ -50,8 +50,23 @@ class TensorFlowBackend:
     def to_host(self, tensors: Sequence[Any], *, writable: bool = False) -> list[Array] | None:
         return _tensors.to_host(tensors, writable=writable)
 
+    def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> None:
+        """None: where a tensor lies is known from the array that `to_host` gives, and from nothing quicker."""
+
+    def written(self, tensors: Sequence[Any]) -> None:
+        """Nothing: no memory of TensorFlow's is written."""
+
     def from_host(self, array: Array, like: Any) -> Any:
         return _tensors.from_host(array, like)
+
+    def to_numpy(self, tensor: Any) -> Array:
+        return _tensors.to_array(tensor)
+
+    def detached(self, tensor: Any) -> Any:
+        return tensor  # a tape sees no more than what is computed with it
+
+    def to_dense(self, tensor: Any) -> Any:
+        return _tensors.to_dense(tensor)
 
     def primitives(self) -> Primitives:
         return TensorFlowPrimitives()
@@ -60,7 +75,7 @@ class TensorFlowBackend:
         _tensors.check_assignable(tensor)
         _tensors.tf_variable(tensor).assign(value)
 
-    def gradients(self, model_or_params: Any) -> list[Any]:
+    def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
         raise InvalidInput("TensorFlow keeps no gradients beside variables; use cc.clip(grads, policy)")
 
     def weights(self, model_or_params: Any) -> list[Any]:
@@ -68,6 +83,9 @@ class TensorFlowBackend:
 
     def is_model(self, obj: Any) -> bool:
         return _models.is_model(obj)
+
+    def parameters(self, model: Any) -> dict[str, Any]:
+        return _models.parameters(model)
 
     def load_model(self, factory: Any, weights: str | None) -> Any:
         return _models.load_model(factory, weights)
@@ -94,17 +112,19 @@ class TensorFlowBackend:
         _models.check_model(model)
         return _tracing.run(model, sample, watcher, self._running)
 
-    def to_array(self, tensor: Any) -> Array:
-        return _tensors.to_array(tensor)
-
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         return _models.input_shapes(model)
 
     def double(self, model: Any) -> Any | None:
         return _models.double(model)
 
-    def attach(self, optimizer: Any, policy: Policy, model: Any) -> Attachment:
-        return _training.attach(optimizer, policy, model)
+    def attach(self, optimizer: Any, policy: Policy, model: Any, on_report: OnReport | None) -> Attachment:
+        return _training.attach(optimizer, policy, model, on_report)
 
-    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> tuple[Any, Any, Any]:
-        return _training.compile(model, loss_fn, optimizer, policy)
+    def compile(
+        self, model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None, on_report: OnReport | None
+    ) -> tuple[Any, Any, Any]:
+        return _training.compile(model, loss_fn, optimizer, policy, on_report)
+
+    def per_example_grads(self, model: Any, loss_fn: Any, batch: tuple[Any, Any]) -> dict[str, Any]:
+        return _examples.per_example_grads(model, loss_fn, batch)

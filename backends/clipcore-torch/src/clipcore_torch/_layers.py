@@ -168,6 +168,11 @@ def _describe(name: str, module: nn.Module, names: Mapping[int, str]) -> Layer:
     return Layer(name, kind, described, row.settings(module) if row else {})
 
 
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once, by its first name."""
+    return dict(model.named_parameters())
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its names."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))

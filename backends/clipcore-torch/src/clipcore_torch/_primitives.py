@@ -1,264 +1,272 @@
-"""Measure, decide, apply as torch operations: for devices, compiled functions and autograd; nothing waits for a device.
-
-A norm, or a factor, is carried as mantissa * 2**exponent, two 0-d tensors, so that it cannot leave the range of its
-dtype. Squares are summed in float64, on devices without it (Apple's) in float32.
-"""
+"""Measure, decide, apply as torch operations, for devices, compiled functions and autograd; none waits for a device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from clipcore.backend import NonFiniteMode
+from clipcore.backend import Axes, NonFiniteMode
 from clipcore.clipping.report import ClipReport
-from clipcore.errors import InvalidInput, NonFinite
-from clipcore_torch._tensors import DEVICES_WITHOUT_FLOAT64, map_values, values_of
-
-_BLOCK = 1024  # elements that are summed in a row
-
-
-class _Format(NamedTuple):
-    """Where the exponent stands in a float's bits: integers of its size, bits of the mantissa, bias of the exponent."""
-
-    integers: torch.dtype
-    bits: int
-    bias: int
-
-
-_FORMATS = {torch.float64: _Format(torch.int64, 52, 1023), torch.float32: _Format(torch.int32, 23, 127)}
-# digits of the significand and exponent of the smallest subnormal number
-_DIGITS = {
-    torch.float64: (53, -1074),
-    torch.float32: (24, -149),
-    torch.bfloat16: (8, -133),
-    torch.float16: (11, -24),
-}
-
-
-class _Measure(NamedTuple):
-    """The p-norm mantissa * 2**exponent of some tensors, and how many elements are not finite."""
-
-    mantissa: Tensor
-    exponent: Tensor
-    nonfinite: Tensor
-    p: float
-
-
-class _Scale(NamedTuple):
-    """The factor mantissa * 2**exponent; with `fills` it may be a 0 that replaces inf and NaN as well."""
-
-    mantissa: Tensor
-    exponent: Tensor
-    fills: bool
+from clipcore_torch._arithmetic import TorchArithmetic
+from clipcore_torch._norms import Norm, count_units, each_norm, join
+from clipcore_torch._numbers import (
+    Numbers,
+    concatenated,
+    either,
+    exceed,
+    numbers_like,
+    rounded,
+    split,
+    to_float,
+    unit_roundoff,
+    wide_dtype,
+)
+from clipcore_torch._scales import Measure, Place, Scale, apply, fault_factor, hold_hard, raise_if_any, scale_to, spread
+from clipcore_torch._tensors import map_values, values_of
 
 
 class TorchPrimitives:
-    """`clipcore.backend.Primitives` over torch tensors of any device."""
+    """`clipcore.backend.Primitives` over torch tensors of any device, for one call: norms are on its first tensor's."""
 
-    def measure(self, tensors: Sequence[Tensor], p: float, *, zero_nonfinite: bool) -> tuple[list[Tensor], _Measure]:
-        faults = _count(tensors, _not_finite)
+    def __init__(self) -> None:
+        self.arithmetic = TorchArithmetic()
+        self._settled = False
+
+    def adopt(self, value: Any, like: Tensor | None) -> Tensor:
+        if like is not None:
+            self._settle([like])
+        tensor = torch.as_tensor(value)
+        dtype = wide_dtype(self._home) if tensor.dtype == torch.float64 else tensor.dtype
+        # detached: the graph of one step is not kept for the next
+        return tensor.detach().to(self._home, dtype)
+
+    @property
+    def _home(self) -> torch.device:
+        return self.arithmetic.device
+
+    def _settle(self, tensors: Sequence[Tensor]) -> None:
+        if tensors and not self._settled:
+            self.arithmetic.device, self._settled = tensors[0].device, True
+
+    def measure(
+        self, tensors: Sequence[Tensor], p: float, axes: Sequence[Axes] | None = None, *, zero_nonfinite: bool = False
+    ) -> tuple[list[Tensor], Measure]:
+        return self._measured(tensors, p, axes or [()] * len(tensors), zero_nonfinite)
+
+    def measure_spectra(
+        self, tensors: Sequence[Tensor], axes: Sequence[Axes], *, exact: bool, zero_nonfinite: bool = False
+    ) -> tuple[list[Tensor], Measure]:
+        return self._measured(tensors, "svd" if exact else "power", axes, zero_nonfinite)
+
+    def _measured(
+        self, tensors: Sequence[Tensor], p: Norm, axes: Sequence[Axes], zero_nonfinite: bool
+    ) -> tuple[list[Tensor], Measure]:
+        self._settle(tensors)
+        faults = self._count(tensors, _not_finite)
         if zero_nonfinite:
             tensors = [map_values(lambda x: torch.where(torch.isfinite(x), x, 0), tensor) for tensor in tensors]
-        mantissa, exponent = _norm(tensors, p)
-        return list(tensors), _Measure(mantissa, exponent, faults, p)
+        norms = self._norms(tensors, p, axes)
+        known = torch.isfinite(norms.mantissa)
+        norms = Numbers(torch.where(known, norms.mantissa, math.nan), norms.exponent)
+        counts = [1 if isinstance(p, str) else count_units(*pair) for pair in zip(tensors, axes, strict=True)]
+        return list(tensors), Measure(norms, faults, p, axes, _places(counts))
 
-    def decide(
-        self, measures: Sequence[_Measure], max_norm: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[_Scale], ClipReport]:
-        norms = _gather([measure.mantissa for measure in measures])
-        exponents = _gather([measure.exponent for measure in measures])
-        faults = _gather([measure.nonfinite for measure in measures]).sum()
-        # the limit in the norms' unit may leave the range, and then the comparison is right all the same
-        over = norms > _times_power(torch.full_like(norms, max_norm), -exponents)
-        bound, shift = math.frexp(max_norm) if max_norm < math.inf else (1.0, 0)
-        # where, not if: a branch on the norm would wait for the device; the inner one keeps derivatives finite
-        scales = torch.where(over, bound / torch.where(over, norms, 1), 1)
-        shifts = torch.where(over, shift - exponents, 0)
-        norms, clipped = _times_power(norms, exponents), over.any()
-        if nonfinite != "zero":
-            fault = faults > 0
-            scales = torch.where(fault, _fault_scale(faults, nonfinite), scales)
-            shifts = torch.where(fault, 0, shifts)
-            norms, clipped = torch.where(fault, math.nan, norms), clipped | fault
-        factors = _times_power(scales, shifts)
-        report = ClipReport(_joint(norms, measures[0].p), factors.amin(), clipped, faults, norms, factors)
-        fills = nonfinite == "skip" or max_norm == 0
-        return [_Scale(*pair, fills) for pair in zip(scales.unbind(), shifts.unbind(), strict=True)], report
+    def _norms(self, tensors: Sequence[Tensor], p: Norm, axes: Sequence[Axes]) -> Numbers:
+        return concatenated(each_norm([values_of(tensor) for tensor in tensors], p, axes), self._home)
 
-    def apply(self, tensors: Sequence[Tensor], scale: _Scale) -> list[Tensor]:
-        return [map_values(lambda x: _scaled(x, scale), tensor) for tensor in tensors]
+    def _count(self, tensors: Sequence[Tensor], is_fault: Callable[[Tensor], Tensor]) -> Tensor:
+        """Number of elements for which `is_fault` holds, a 0-d int64 tensor."""
+        if not tensors:
+            return torch.zeros((), dtype=torch.int64, device=self._home)
+        return torch.stack([is_fault(values_of(tensor)).sum().to(self._home) for tensor in tensors]).sum()
 
-    def clamp(
-        self, tensors: Sequence[Tensor], low: float, high: float, nonfinite: NonFiniteMode
-    ) -> tuple[list[Tensor], ClipReport]:
-        faults = _count(tensors, torch.isnan)
+    def join(self, measure: Measure) -> Measure:
+        count = len(measure.places)
+        if not count:
+            return measure
+        assert not isinstance(measure.p, str)
+        norms = join(Numbers(*(part.reshape(count, -1) for part in measure.norms)), measure.p)
+        return measure._replace(norms=norms, places=[(0, norms.mantissa.shape[0])] * count, joint=True)
+
+    def norms(self, measure: Measure, against: Any = None) -> Tensor:
+        # state takes nothing that is not finite, and a norm of float64 tensors may be beyond float64
+        norms = to_float(measure.norms)
+        return norms.clamp(max=torch.finfo(norms.dtype).max)
+
+    def decide(self, measure: Measure, limits: Any, nonfinite: NonFiniteMode, *, at_least: float = 0.0) -> Scale:
+        norms, bounds = measure.norms, numbers_like(limits, measure.norms)
+        acts, targets = exceed(norms, bounds), bounds
+        if at_least > 0:
+            floors = numbers_like(at_least, norms)
+            below = (norms.mantissa > 0) & exceed(floors, norms)
+            acts, targets = acts | below, either(below, floors, bounds)
+        return scale_to(measure, acts, targets, bounds, nonfinite, fills=_may_be_zero(limits))
+
+    def uniform(self, factor: float, tensors: Sequence[Tensor]) -> Scale:
+        self._settle(tensors)
+        one = torch.ones(1, dtype=wide_dtype(self._home), device=self._home)
+        factors = numbers_like(factor, split(one))
+        acts, limits = torch.ones_like(one, dtype=torch.bool), numbers_like(math.inf, factors)
+        return Scale(factors, acts, limits, [()] * len(tensors), [(0, 1)] * len(tensors), fills=factor == 0)
+
+    def choose(self, condition: Any, yes: tuple[Scale, Measure], no: tuple[Scale, Measure]) -> tuple[Scale, ClipReport]:
+        condition = torch.as_tensor(condition, device=self._home)
+        each = [_tensor_by_tensor(scale) for scale, _ in (yes, no)]
+        scale = Scale(
+            either(condition, each[0].factors, each[1].factors),
+            torch.where(condition, each[0].acts, each[1].acts),
+            either(condition, each[0].limits, each[1].limits),
+            each[0].axes,
+            each[0].places,
+            each[0].fills or each[1].fills,
+        )
+        reports = [self._report_of_each(*pair) for pair in (yes, no)]
+        return scale, ClipReport(*(torch.where(condition, *fields) for fields in zip(*reports, strict=True)))
+
+    def _report_of_each(self, scale: Scale, measure: Measure) -> ClipReport:
+        """The report with a joint norm and factor for each tensor, since what is chosen from two has one shape."""
+        report = self.report(measure, scale)
+        each = {name: spread(getattr(report, name), scale.places) for name in ("norms", "scales")}
+        return report._replace(**each)
+
+    def factors(self, scale: Scale) -> Tensor:
+        return spread(to_float(scale.factors), scale.places)
+
+    def apply(self, tensors: Sequence[Tensor], scale: Scale) -> list[Tensor]:
+        return apply(tensors, scale)
+
+    def within(
+        self, tensors: Sequence[Tensor], measure: Measure, limits: Any, nonfinite: NonFiniteMode
+    ) -> tuple[list[Tensor], Scale]:
+        """With factors lowered by all that rounding can add, at most two units of the tensor's dtype."""
+        scale = self.decide(measure, limits, nonfinite)
+        lowered = hold_hard(tensors, measure, scale, nonfinite, certain=not isinstance(measure.p, str))
+        bounded = apply(tensors, lowered)
+        if not isinstance(measure.p, str) or not tensors:
+            return bounded, lowered
+        # all that rounding can add to a spectral norm is far more than what it does: a second look decides
+        again = self._norms(bounded, measure.p, measure.axes)
+        sure = 1 - 2 * max(max(tensor.shape, default=1) for tensor in tensors) * unit_roundoff(again.mantissa.dtype)
+        over = exceed(again, Numbers(lowered.limits.mantissa * sure, lowered.limits.exponent))
+        lowest = hold_hard(tensors, measure, scale, nonfinite)
+        lowered = lowered._replace(factors=either(over, lowest.factors, lowered.factors))
+        return apply(tensors, lowered), lowered
+
+    def report(self, measure: Measure, scale: Scale) -> ClipReport:
+        norms, factors, limits = (to_float(numbers) for numbers in (measure.norms, scale.factors, scale.limits))
+        faulty = torch.isnan(norms).any()
+        norm = norms.sum() if norms.shape[0] <= 1 else self._joint(measure)
+        one = torch.ones_like(faulty, dtype=factors.dtype)[None]
+        return ClipReport(
+            norm=torch.where(faulty, math.nan, norm),
+            scale=torch.cat([one, factors]).amin(),
+            clipped=scale.acts.any(),
+            nonfinite=measure.nonfinite,
+            norms=torch.where(faulty, math.nan, norms),
+            scales=factors,
+            limit=torch.cat([one / 0, limits]).amin(),
+        )
+
+    def _joint(self, measure: Measure) -> Tensor:
+        p = math.inf if isinstance(measure.p, str) else measure.p
+        return to_float(join(Numbers(*(part[:, None] for part in measure.norms)), p))[0]
+
+    def screen(
+        self, tensors: Sequence[Tensor], nonfinite: NonFiniteMode, *, nan_alone: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        self._settle(tensors)
+        is_fault = torch.isnan if nan_alone else _not_finite
+        faults = self._count(tensors, is_fault)
+        if nonfinite == "raise":
+            raise_if_any(faults)
         if nonfinite == "zero":
-            tensors = [map_values(lambda x: torch.where(torch.isnan(x), 0, x), tensor) for tensor in tensors]
-        norm = _times_power(*_norm(tensors, 2.0))
-        changed = _count(tensors, lambda x: (x < _bound_in(low, x)) | (x > _bound_in(high, x))) > 0
-        clamped = [map_values(lambda x: x.clamp(_bound_in(low, x), _bound_in(high, x)), tensor) for tensor in tensors]
-        scale = torch.ones_like(norm)
-        if nonfinite != "zero":
-            fault = faults > 0
-            scale = torch.where(fault, _fault_scale(faults, nonfinite), scale)
-            norm, changed = torch.where(fault, math.nan, norm), changed | fault
-            clamped = self.apply(clamped, _Scale(scale, torch.zeros_like(faults), fills=nonfinite == "skip"))
-        return clamped, ClipReport(norm, scale, changed, faults, norm[None], scale[None])
+            tensors = [map_values(lambda x: torch.where(is_fault(x), 0, x), tensor) for tensor in tensors]
+        return list(tensors), faults
+
+    def clamp(self, tensors: Sequence[Tensor], low: float, high: float) -> tuple[list[Tensor], Tensor]:
+        def is_outside(x: Tensor) -> Tensor:
+            return (x < rounded(low, x.dtype)) | (x > rounded(high, x.dtype))
+
+        changed = self._count(tensors, is_outside) > 0
+        return [
+            map_values(lambda x: x.clamp(rounded(low, x.dtype), rounded(high, x.dtype)), tensor) for tensor in tensors
+        ], changed
+
+    def spike(
+        self, tensors: Sequence[Tensor], moments: Sequence[Tensor], threshold: float, decay: float, acts: Any
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        acts = torch.as_tensor(acts, device=self._home)
+        results, after, changed = [], [], [torch.zeros_like(acts)]
+        for x, moment in zip(tensors, moments, strict=True):
+            wide = wide_dtype(x.device)
+            before = moment.to(x.device, wide)
+            over = (x.to(wide).square() > threshold * before) & acts.to(x.device)
+            bounds = torch.copysign(torch.sqrt(threshold * before), x.to(wide)).to(x.dtype)
+            result = torch.where(over, bounds, x)
+            results.append(result)
+            moved = decay * before + (1 - decay) * result.to(wide).square()
+            after.append(moved.clamp(max=torch.finfo(moment.dtype).max).to(moment))  # a state stays finite
+            changed.append(over.any().to(self._home))
+        return results, after, torch.stack(changed).any()
+
+    def overrule(self, tensors: Sequence[Tensor], faults: Any, nonfinite: NonFiniteMode) -> list[Tensor]:
+        if nonfinite == "zero" or not tensors:
+            return list(tensors)
+        value = fault_factor(faults, nonfinite)
+        return [
+            map_values(lambda x: torch.where((faults > 0).to(x.device), torch.full_like(x, value), x), tensor)
+            for tensor in tensors
+        ]
+
+    def summary(self, tensors: Sequence[Tensor], faults: Any, nonfinite: NonFiniteMode) -> ClipReport:
+        norms = self._norms(tensors, 2.0, [()] * len(tensors))
+        norm = to_float(join(Numbers(*(part[:, None] for part in norms)), 2.0))[0] if tensors else to_float(norms).sum()
+        fault, scale = faults > 0, torch.ones_like(norm)
+        if nonfinite == "zero":
+            fault = torch.zeros_like(fault)
+        else:
+            scale = torch.where(fault, fault_factor(faults, nonfinite), scale)
+            norm = torch.where(fault, math.nan, norm)
+        return ClipReport(norm, scale, fault, faults, norm[None], scale[None])
+
+    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [x.sum(0, dtype=torch.promote_types(x.dtype, wide_dtype(x.device))).to(x.dtype) for x in tensors]
 
 
 def _not_finite(x: Tensor) -> Tensor:
     return ~torch.isfinite(x)
 
 
-def _gather(parts: Sequence[Tensor]) -> Tensor:
-    """0-d tensors of any devices, stacked on the first one's."""
-    return torch.stack([part.to(parts[0].device) for part in parts])
+def _may_be_zero(limits: Any) -> bool:
+    if isinstance(limits, Tensor):
+        return True
+    return any(limit == 0 for limit in limits) if isinstance(limits, Sequence) else limits == 0
 
 
-def _count(tensors: Sequence[Tensor], is_fault: Callable[[Tensor], Tensor]) -> Tensor:
-    """Number of elements for which `is_fault` holds, a 0-d int64 tensor."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.int64)
-    return _gather([is_fault(values_of(tensor)).sum() for tensor in tensors]).sum()
+def _places(counts: Sequence[int]) -> list[Place]:
+    """Where parts of these lengths stand, one after the other."""
+    places, stop = [], 0
+    for count in counts:
+        start, stop = stop, stop + count
+        places.append((start, stop))
+    return places
 
 
-def _fault_scale(faults: Tensor, nonfinite: NonFiniteMode) -> float:
-    """The factor that takes the place of all others where an element is not finite."""
-    if nonfinite == "raise":
-        _raise_if_any(faults)
-    return 0.0 if nonfinite == "skip" else math.nan
+def _tensor_by_tensor(scale: Scale) -> Scale:
+    """The scale with the factors of tensors that were joined one after the other."""
 
+    def apart(values: Tensor) -> Tensor:
+        return spread(values, scale.places)
 
-def _raise_if_any(faults: Tensor) -> None:
-    refusal = (
-        "nonfinite='raise' reads the gradients, which a compiled or transformed function cannot; use 'propagate', "
-        "'zero' or 'skip' there, or clip outside of it"
+    return Scale(
+        Numbers(*map(apart, scale.factors)),
+        apart(scale.acts),
+        Numbers(*map(apart, scale.limits)),
+        scale.axes,
+        _places([stop - start for start, stop in scale.places]),
+        scale.fills,
     )
-    if torch.compiler.is_compiling():
-        raise InvalidInput(refusal)
-    try:
-        count = int(faults)
-    except RuntimeError as err:
-        raise InvalidInput(refusal) from err
-    if count:
-        raise NonFinite(f"{count} elements are inf or NaN, and the policy has nonfinite='raise'; nothing was changed")
-
-
-def _reals(x: Tensor) -> Tensor:
-    """The elements as real numbers, with an axis of two more where they are complex."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _norm(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
-    """The joint p-norm as (mantissa, exponent)."""
-    values = [x for x in map(values_of, tensors) if x.numel()]
-    if not values:
-        device = tensors[0].device if tensors else "cpu"
-        return _split(torch.zeros((), dtype=_wide(torch.device(device)), device=device))
-    wide = _wide(values[0].device)
-    narrow = wide is torch.float64 and not any(x.dtype in (torch.float64, torch.complex128) for x in values)
-    if narrow and (p == 2 or (p == 1 and not any(x.is_complex() for x in values))):
-        return _split(vector_norm(_gather([_long_norm(_reals(x), p, wide) for x in values]), p))
-    # relative to the largest magnitude nothing overflows, and what underflows does not count
-    unit = _peak([_reals(x) for x in values], wide)
-    magnitudes = [_magnitudes(x, unit.to(x.device)) for x in values]
-    top = _peak(magnitudes, wide)  # 1, or up to sqrt(2) for complex elements
-    ratio = vector_norm(_gather([_long_norm(m / top.to(m.device), p, wide) for m in magnitudes]), p) * top
-    (mantissa, exponent), (factor, shift) = _split(unit), _split(ratio)
-    return mantissa * factor, exponent + shift
-
-
-def _long_norm(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """The p-norm summed in blocks, and these in blocks, since on a CPU torch adds a whole tensor up in a row."""
-    norms = x.reshape(-1)
-    while norms.numel() > _BLOCK:
-        whole = norms.numel() // _BLOCK * _BLOCK
-        blocks = vector_norm(norms[:whole].reshape(-1, _BLOCK), p, dim=1, dtype=dtype)
-        norms = torch.cat([blocks, norms[whole:].to(dtype)])
-    norm: Tensor = vector_norm(norms, p, dtype=dtype)
-    return norm
-
-
-def _peak(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The largest magnitude, a constant to autograd; 1 where it is 0, inf or NaN."""
-    peak = _gather([vector_norm(x.detach(), math.inf).to(dtype) for x in values]).amax()
-    return torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
-
-
-def _magnitudes(x: Tensor, unit: Tensor) -> Tensor:
-    parts = _reals(x).to(unit.dtype) / unit
-    return vector_norm(parts, 2, dim=-1) if x.is_complex() else parts
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mantissa, exponent) with x = mantissa * 2**exponent, the mantissa in [0.5, 1); 0, inf and NaN stay themselves.
-
-    By the bits, since inductor's C++ for `torch.frexp` does not compile (torch 2.13).
-    """
-    integers, bits, bias = _FORMATS[x.dtype]
-    small = x < 2.0 ** (bits + 1 - bias)  # a subnormal number has no exponent bits: lifted first
-    lifted = torch.where(small, x * 2.0 ** (bits + 1), x)
-    field = (lifted.detach().view(integers) >> bits) & (2 * bias + 1)
-    exponent = field - (bias - 1)
-    return _times_power(lifted, -exponent), (exponent - torch.where(small, bits + 1, 0)).to(torch.int64)
-
-
-def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, exactly, for exponents of normal numbers."""
-    integers, bits, bias = _FORMATS[dtype]
-    power: Tensor = ((exponent.to(integers) + bias) << bits).view(dtype)
-    return power
-
-
-def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """Multiply by 2**exponent in two steps, since 2**exponent itself may leave the range."""
-    bias = _FORMATS[x.dtype].bias
-    exponent = exponent.clamp(2 - 2 * bias, 2 * bias)
-    half = exponent >> 1
-    product: Tensor = x * _power(half, x.dtype) * _power(exponent - half, x.dtype)
-    return product
-
-
-def _joint(norms: Tensor, p: float) -> Tensor:
-    """The norm of all groups together, from theirs."""
-    unit = _peak([norms], norms.dtype)
-    norm: Tensor = vector_norm(norms / unit, p) * unit
-    return norm
-
-
-def _scaled(x: Tensor, scale: _Scale) -> Tensor:
-    """Multiply by a factor in the multiply's dtype: at most 1 ulp from the exact product, unchanged for 1."""
-    reals = _reals(x)
-    dtype = torch.float64 if reals.dtype == torch.float64 else torch.float32
-    first = 2 - _FORMATS[dtype].bias
-    mantissa, exponent = scale.mantissa.to(x.device), scale.exponent.to(x.device)
-    # a factor that is no normal number of the dtype is multiplied in two normal steps; the second is 1 otherwise
-    factor = _times_power(mantissa, exponent.clamp(min=first)).to(dtype)
-    rest = _times_power(torch.ones_like(factor), (exponent - first).clamp(max=0))
-    product = reals.to(dtype) * factor * rest
-    if scale.fills:
-        product = torch.where(factor == 0, 0, product)
-    product = product.to(reals.dtype)
-    return torch.view_as_complex(product) if x.is_complex() else product
-
-
-def _bound_in(value: float, x: Tensor) -> float:
-    """A clamp's bound rounded to a tensor's dtype; a finite bound beyond its range is its largest number."""
-    largest = torch.finfo(x.dtype).max
-    if abs(value) == math.inf or value == 0:
-        return value
-    if abs(value) >= largest:
-        return math.copysign(largest, value)
-    digits, lowest = _DIGITS[x.dtype]
-    unit = max(math.frexp(value)[1] - digits, lowest)
-    rounded = math.ldexp(round(math.ldexp(value, -unit)), unit)
-    return max(-largest, min(rounded, largest))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+from clipcore.backend import Memory
 from clipcore.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -60,9 +61,33 @@ def to_host(tensors: Sequence[Tensor], *, writable: bool = False) -> list[Array]
             arrays.append(memory(tensor))
         except RuntimeError:  # a tensor wrapped by vmap or torch.func.grad has no memory of its own
             return None
-    if writable:
-        _announce_writes(tensors)
     return arrays
+
+
+_ORDINARY = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+# what is asked of each tensor, as functions for `map`: in a loop the asking would take longer than small gradients do
+_DTYPE, _ON_CPU, _IN_GRAPH = Tensor.dtype.__get__, Tensor.is_cpu.__get__, Tensor.requires_grad.__get__
+
+
+def lie_in_memory(tensors: Sequence[Tensor], *, writable: bool = False) -> Memory | None:
+    """Where ordinary tensors lie; see `clipcore.Backend.memory`."""
+    if torch.compiler.is_compiling() or not tensors:
+        return None
+    first, count = tensors[0], len(tensors)
+    # a parameter is refused where it would be written, by name
+    if set(map(type, tensors)) != {Tensor} or first.dtype not in _ORDINARY or first.is_nested:
+        return None
+    if set(map(_DTYPE, tensors)) != {first.dtype} or not all(map(_ON_CPU, tensors)):
+        return None
+    if torch.is_grad_enabled() and not writable and any(map(_IN_GRAPH, tensors)):
+        return None
+    try:
+        if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
+            return None
+        addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, count)
+    except RuntimeError:  # sparse, or wrapped by vmap or torch.func.grad
+        return None
+    return Memory(dtype_name(first), addresses, np.fromiter(map(Tensor.numel, tensors), np.int64, count))
 
 
 def _is_on_host(tensor: Tensor) -> bool:
@@ -74,11 +99,9 @@ def _is_on_host(tensor: Tensor) -> bool:
     )
 
 
-def _announce_writes(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that the tensors change, as in-place operations do: it then refuses what it saved of them."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+def announce_writes(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the tensors changed, as in-place operations do: it then refuses what it saved of them."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def memory(tensor: Tensor) -> Array:
@@ -129,9 +152,12 @@ def from_host(array: Array, like: Tensor | None) -> Tensor:
 
 def to_array(tensor: Tensor) -> Array:
     """A tensor of any device and layout as a dense array, possibly a view of its memory."""
-    tensor = tensor.detach()
-    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    return _as_array(dense.cpu())
+    return _as_array(to_dense(tensor.detach()).cpu())
+
+
+def to_dense(tensor: Tensor) -> Tensor:
+    """A sparse tensor of any layout as a dense one, duplicates summed; a dense one itself."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _as_array(tensor: Tensor) -> Array:

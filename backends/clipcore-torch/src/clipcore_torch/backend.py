@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipcore.backend import Layer, Watcher
+from clipcore.backend import Layer, Memory, Watcher
 from clipcore.clipping.policies import Policy
 from clipcore.errors import InvalidInput
-from clipcore.training import Attachment
-from clipcore_torch import _building, _layers, _tensors, _tracing, _training
+from clipcore.training import Attachment, OnReport
+from clipcore_torch import _building, _examples, _layers, _tensors, _tracing, _training
 from clipcore_torch._primitives import TorchPrimitives
 from clipcore_torch._tensors import Array
 
@@ -37,8 +37,24 @@ class TorchBackend:
     def to_host(self, tensors: Sequence[Tensor], *, writable: bool = False) -> list[Array] | None:
         return _tensors.to_host(tensors, writable=writable)
 
+    def memory(self, tensors: Sequence[Tensor], *, writable: bool = False) -> Memory | None:
+        return _tensors.lie_in_memory(tensors, writable=writable)
+
+    def written(self, tensors: Sequence[Tensor]) -> None:
+        _tensors.announce_writes(tensors)
+
     def from_host(self, array: Array, like: Tensor | None) -> Tensor:
         return _tensors.from_host(array, like)
+
+    def to_numpy(self, tensor: Tensor) -> Array:
+        return _tensors.to_array(tensor)
+
+    def detached(self, tensor: Tensor) -> Tensor:
+        # what has no memory yet is refused as it is
+        return tensor if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else tensor.detach()
+
+    def to_dense(self, tensor: Tensor) -> Tensor:
+        return _tensors.to_dense(tensor)
 
     def primitives(self) -> TorchPrimitives:
         return TorchPrimitives()
@@ -47,19 +63,20 @@ class TorchBackend:
         with torch.no_grad():
             tensor.copy_(value)
 
-    def gradients(self, model_or_params: Any) -> list[Tensor]:
+    def gradients(self, model_or_params: Any) -> tuple[list[Tensor], list[Tensor | None]]:
         params = _unique(_parameters(model_or_params))
-        return [param.grad for param in params if param.grad is not None]
+        return params, [param.grad for param in params]
 
     def weights(self, model_or_params: Any) -> list[Tensor]:
         params = _unique(_parameters(model_or_params))
         # of a model its trainable tensors; tensors that the user lists are all meant
-        meant = [p for p in params if p.requires_grad] if isinstance(model_or_params, nn.Module) else params
-        # the same memory: limiting is no step that is differentiated; what has no memory yet is refused as it is
-        return [p if isinstance(p, nn.parameter.UninitializedTensorMixin) else p.detach() for p in meant]
+        return [p for p in params if p.requires_grad] if isinstance(model_or_params, nn.Module) else params
 
     def is_model(self, obj: Any) -> bool:
         return isinstance(obj, nn.Module)
+
+    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        return _layers.parameters(model)
 
     def load_model(self, factory: Any, weights: str | None) -> nn.Module:
         return _building.load_model(factory, weights)
@@ -89,20 +106,24 @@ class TorchBackend:
     def run(self, model: nn.Module, sample: Any, watcher: Watcher | None = None) -> Any:
         return _tracing.run(model, sample, watcher)
 
-    def to_array(self, tensor: Tensor) -> Array:
-        return _tensors.to_array(tensor)
-
     def input_shapes(self, model: nn.Module) -> None:
         """None: a module declares no shapes."""
 
     def double(self, model: nn.Module) -> nn.Module | None:
         return _tracing.double(model)
 
-    def attach(self, optimizer: Any, policy: Policy, model: Any = None) -> Attachment:
-        return _training.attach(optimizer, policy)
+    def attach(
+        self, optimizer: Any, policy: Policy, model: Any = None, on_report: OnReport | None = None
+    ) -> Attachment:
+        return _training.attach(optimizer, policy, model, on_report)
 
-    def compile(self, model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None) -> tuple[Any, Any, Any]:
-        return _training.compile(model, loss_fn, optimizer, policy)
+    def compile(
+        self, model: Any, loss_fn: Any, optimizer: Any, policy: Policy | None, on_report: OnReport | None = None
+    ) -> tuple[Any, Any, Any]:
+        return _training.compile(model, loss_fn, optimizer, policy, on_report)
+
+    def per_example_grads(self, model: nn.Module, loss_fn: Any, batch: tuple[Any, Any]) -> dict[str, Tensor]:
+        return _examples.per_example_grads(model, loss_fn, batch)
 
 
 def _parameters(model_or_params: Any) -> list[Tensor]:

@@ -189,7 +189,6 @@ class Arithmetic:
     minimum = staticmethod(np.minimum)
     maximum = staticmethod(np.maximum)
     mean = staticmethod(np.mean)
-    stack = staticmethod(np.stack)
     arange = staticmethod(np.arange)
 
     @staticmethod

@@ -9,16 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from clipcore.backend import NonFiniteMode
 from clipcore.clipping.given import Given, Spec, State, learned
 from clipcore.clipping.policies import Bounded, Policy, check_count, check_number
 from clipcore.clipping.report import ClipReport
 
 _LARGEST = float(np.finfo(np.float64).max)  # what a state stays at, so that it is finite
 _LARGEST_ROOT = math.sqrt(_LARGEST)  # whose square is finite
+
+
+def _joint_norm(given: Given, nonfinite: NonFiniteMode) -> tuple[list[Any], Any, Any]:
+    """(tensors, measure, norm) of all tensors together; the norm of none is 0."""
+    primitives = given.primitives
+    tensors, measure = primitives.measure(given.tensors, 2.0, zero_nonfinite=nonfinite == "zero")
+    measure = primitives.join(measure)
+    return tensors, measure, primitives.norms(measure)[0] if tensors else primitives.arithmetic.array(0.0)
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,7 @@ class AutoClip(Policy):
 
     def bound(self, given: Given, state: State) -> Bounded:
         primitives, arithmetic = given.primitives, given.primitives.arithmetic
-        tensors, measure = primitives.measure(given.tensors, 2.0, zero_nonfinite=self.nonfinite == "zero")
-        measure = primitives.join(measure)
-        norm = primitives.norms(measure)[0] if tensors else arithmetic.array(0.0)
+        tensors, measure, norm = _joint_norm(given, self.nonfinite)
         here = arithmetic.arange(self.window) == state["count"] % self.window
         seen = {"norms": arithmetic.where(here, norm, state["norms"]), "count": state["count"] + 1}
         limit = arithmetic.percentile(seen["norms"], arithmetic.minimum(seen["count"], self.window), self.percentile)
@@ -118,9 +125,7 @@ class ZClip(Policy):
     def bound(self, given: Given, state: State) -> Bounded:
         primitives, arithmetic = given.primitives, given.primitives.arithmetic
         where, minimum, maximum = arithmetic.where, arithmetic.minimum, arithmetic.maximum
-        tensors, measure = primitives.measure(given.tensors, 2.0, zero_nonfinite=self.nonfinite == "zero")
-        measure = primitives.join(measure)
-        norm = primitives.norms(measure)[0] if tensors else arithmetic.array(0.0)
+        tensors, measure, norm = _joint_norm(given, self.nonfinite)
         mean, variance, count = state["mean"], state["variance"], state["count"]
         warm = count >= self.warmup
         deviation = arithmetic.sqrt(variance)
@@ -270,8 +275,7 @@ class SpikeClip(Policy):
         primitives = given.primitives
         names = [f"moment.{slot}" for slot in given.slots]
         # the norm tells whether there are faults
-        tensors, measure = primitives.measure(given.tensors, 2.0, zero_nonfinite=self.nonfinite == "zero")
-        measure = primitives.join(measure)
+        tensors, measure, _ = _joint_norm(given, self.nonfinite)
         report = primitives.report(measure, primitives.decide(measure, math.inf, self.nonfinite))
         if isinstance(measure.nonfinite, int) and measure.nonfinite and self.nonfinite != "zero":
             return primitives.overrule(tensors, measure.nonfinite, self.nonfinite), state, report

@@ -39,18 +39,10 @@ class TorchArithmetic:
         return torch.hypot(x, y) if isinstance(x, Tensor) else math.hypot(x, y)
 
     def minimum(self, x: Any, y: Any) -> Any:
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return torch.minimum(x, y)
-        if isinstance(y, Tensor):
-            x, y = y, x
-        return x.clamp(max=y) if isinstance(x, Tensor) else min(x, y)
+        return _of_two(x, y, torch.minimum, lambda tensor, number: tensor.clamp(max=number), min)
 
     def maximum(self, x: Any, y: Any) -> Any:
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return torch.maximum(x, y)
-        if isinstance(y, Tensor):
-            x, y = y, x
-        return x.clamp(min=y) if isinstance(x, Tensor) else max(x, y)
+        return _of_two(x, y, torch.maximum, lambda tensor, number: tensor.clamp(min=number), max)
 
     def mean(self, x: Any) -> Tensor:
         mean: Tensor = x.to(wide_dtype(self.device)).mean()
@@ -86,6 +78,15 @@ class TorchArithmetic:
         for place, part in zip(places, new.unbind(), strict=True):
             parts[place] = part
         return torch.stack(parts)
+
+
+def _of_two(x: Any, y: Any, of_tensors: Any, of_both: Any, of_numbers: Any) -> Any:
+    """A function that takes two tensors, two numbers or one of each, in whichever order."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return of_tensors(x, y)
+    if isinstance(x, Tensor):
+        return of_both(x, y)
+    return of_both(y, x) if isinstance(y, Tensor) else of_numbers(x, y)
 
 
 def _is_all(places: Sequence[int], values: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib
 import math
 import os
 import pickle

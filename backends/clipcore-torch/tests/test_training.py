@@ -313,26 +313,32 @@ def test_the_very_first_step_can_be_skipped():
     assert not optimizer.state
 
 
+class Poisoned:
+    """A closure that gives a NaN in the call of number `poison`."""
+
+    def __init__(self, network):
+        self.network, self.x, self.calls, self.poison = network, batch(torch.float64), 0, math.inf
+
+    def __call__(self):
+        fill(self.network, self.x)
+        if self.calls == self.poison:
+            self.network[0].bias.grad[0] = math.nan
+        self.calls += 1
+        return loss_of(self.network, self.x)
+
+
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_lbfgs_is_put_back_where_an_evaluation_is_not_finite(search, at):
     network = model(torch.float64)
     optimizer = torch.optim.LBFGS(network.parameters(), max_iter=5, line_search_fn=search)
     cc.attach(optimizer, SKIP)
-    x, calls, poison = batch(torch.float64), [], math.inf
-
-    def closure():
-        fill(network, x)
-        if len(calls) == poison:
-            network[0].bias.grad[0] = math.nan
-        calls.append(1)
-        return loss_of(network, x)
-
+    closure = Poisoned(network)
     optimizer.step(closure)
     before = snapshot(network, optimizer)
-    poison = len(calls) + at
+    closure.poison = closure.calls + at
     optimizer.step(closure)
-    assert len(calls) > poison
+    assert closure.calls > closure.poison
     assert_same(before, snapshot(network, optimizer))
 
 
@@ -698,19 +704,11 @@ def test_lbfgs_puts_back_what_the_policy_learned_in_a_step_that_is_skipped():
     network = model(torch.float64)
     optimizer = torch.optim.LBFGS(network.parameters(), max_iter=5)
     attachment = cc.attach(optimizer, cc.AutoClip(50.0, nonfinite="skip"))
-    x, calls, poison = batch(torch.float64), [], math.inf
-
-    def closure():
-        fill(network, x)
-        if len(calls) == poison:
-            network[0].bias.grad[0] = math.nan
-        calls.append(1)
-        return loss_of(network, x)
-
+    closure = Poisoned(network)
     optimizer.step(closure)
     before = attachment.state_dict()
-    assert int(before["AutoClip.count"]) == len(calls)
-    poison = len(calls) + 2
+    assert int(before["AutoClip.count"]) == closure.calls
+    closure.poison = closure.calls + 2
     optimizer.step(closure)
     assert_same_learning(attachment.state_dict(), before)
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from clipcore.backend import Backend
-from clipcore.clipping.call import Call, all_places, check_state, owner_of
+from clipcore.clipping.call import Call, all_places, owner_of
 from clipcore.clipping.given import State, map_state
 from clipcore.clipping.host import HostPrimitives
 from clipcore.clipping.kernels import extent, not_finite
 from clipcore.clipping.lists import Arrays
 from clipcore.clipping.policies import Policy
 from clipcore.clipping.report import ClipReport
+from clipcore.clipping.states import check_state
 from clipcore.errors import BackendError, InvalidInput, NonFinite
 from clipcore.plugins import backend_of
 from clipcore.structure import rebuild

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipcore.backend import Axes, Backend, Memory
 from clipcore.clipping import fast
-from clipcore.clipping.given import Given, Spec, State, shape_of
+from clipcore.clipping.given import Given, Spec, shape_of
 from clipcore.clipping.kernels import MULTIPLY_DTYPE
 from clipcore.clipping.policies import Policy, check_policy
 from clipcore.errors import BackendError, InvalidInput
@@ -345,67 +345,3 @@ def _of_model(
     names = [known[id(tensor)] for tensor in beside]
     axes = {t.name: unit_axes(layer, t.role) for layer in owner.layers(model) for t in layer.tensors.values()}
     return beside, names, [axes[name] for name in names]
-
-
-def check_state(policy: Policy, state: Any, specs: Sequence[Spec | None]) -> None:
-    """Refuse a state that is not this policy's, or is of tensors of other shapes."""
-    wanted = flat_state(policy, policy.start(specs))
-    try:
-        found = flat_state(policy, state)
-    except (KeyError, TypeError, AttributeError) as err:
-        raise InvalidInput(
-            f"the state {state!r:.60} is none of {type(policy).__name__}; expected what policy.init or update gave"
-        ) from err
-    check_flat_state(policy, found, wanted)
-
-
-def check_flat_state(policy: Policy, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a state by names that are not this policy's, or arrays of other shapes."""
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())[0]
-        raise InvalidInput(
-            f"the state has the entries {_named(found)}, and {type(policy).__name__} has {_named(wanted)} for these "
-            f"tensors (first difference: {odd!r}): it is of another policy or of other tensors; begin anew, with a new "
-            f"Clipper or attachment, where parameters were added"
-        )
-    for name, value in wanted.items():
-        if not hasattr(found[name], "shape"):
-            raise InvalidInput(
-                f"the state's {name!r} is {found[name]!r:.60} of type {type(found[name]).__name__}; expected an array"
-            )
-        if shape_of(found[name]) != shape_of(value):
-            raise InvalidInput(
-                f"the state's {name!r} has shape {shape_of(found[name])}, and for these tensors it has "
-                f"{shape_of(value)}: it is of other settings or of other tensors; begin anew, with a new Clipper or "
-                f"attachment, where parameters were added"
-            )
-
-
-def _named(state: Mapping[str, Any]) -> str:
-    shown = [repr(name) for name in state][:4]
-    return f"[{', '.join(shown)}{', …' if len(state) > 4 else ''}]"
-
-
-def flat_state(policy: Policy, state: State) -> dict[str, Any]:
-    """A state by names that say whose each entry is: "AutoClip.count", "Chain.1.ZClip.mean"."""
-    name = type(policy).__name__
-    if not policy.members:
-        return {f"{name}.{key}": value for key, value in state.items()}
-    return {
-        f"{name}.{place}.{key}": value
-        for place, member in enumerate(policy.members)
-        for key, value in flat_state(member, state[str(place)]).items()
-    }
-
-
-def nested_state(policy: Policy, flat: Mapping[str, Any]) -> State:
-    """The inverse of `flat_state`."""
-    prefix = f"{type(policy).__name__}."
-    own = {key.removeprefix(prefix): value for key, value in flat.items()}
-    if not policy.members:
-        return own
-    parts = {
-        str(place): {k.removeprefix(f"{place}."): v for k, v in own.items() if k.startswith(f"{place}.")}
-        for place in range(len(policy.members))
-    }
-    return {place: nested_state(policy.members[int(place)], part) for place, part in parts.items()}

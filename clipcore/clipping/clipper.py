@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from clipcore.clipping.api import bound, bound_in_place, rebuilt, refuse_parameters
-from clipcore.clipping.call import Call, check_flat_state, flat_state, nested_state
+from clipcore.clipping.call import Call
 from clipcore.clipping.given import State
 from clipcore.clipping.policies import Policy, check_policy
 from clipcore.clipping.report import ClipReport
+from clipcore.clipping.states import check_dtypes, check_flat_state, copied, flat_state, nested_state, saved_state
 from clipcore.clipping.together import bound_together, call_together
-from clipcore.errors import InvalidInput
-from clipcore.plugins import backend_of
 
 
 class Clipper:
@@ -73,7 +72,7 @@ class Clipper:
         """What the policy has learned, as NumPy arrays by name, for a safetensors file, say; empty before it began."""
         if self._state is None:
             return dict(self._loaded or {})
-        return {name: _copy(value) for name, value in flat_state(self.policy, self._state).items()}
+        return {name: copied(value) for name, value in flat_state(self.policy, self._state).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, here or in another framework.
@@ -104,38 +103,3 @@ class Clipper:
         check_dtypes(self._loaded or {}, flat_state(self.policy, fresh))
         self._signature, self._names = signature, call.all_names
         return state
-
-
-def saved_state(policy: Policy, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A state by names, as arrays of its own; refused where it is of another policy.
-
-    Raises:
-        InvalidInput: a name is of another policy.
-    """
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise InvalidInput(f"the state is {state!r:.60}; expected what state_dict gave, arrays by name")
-    prefix = f"{type(policy).__name__}."
-    strange = [name for name in state if not name.startswith(prefix)]
-    if strange:
-        raise InvalidInput(
-            f"the state has {strange[0]!r}, and the policy here is {type(policy).__name__}: it was saved from another"
-        )
-    arrays = {name: _copy(value) for name, value in state.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "iuf" or not np.all(np.isfinite(array) & (array >= 0)):
-            raise InvalidInput(f"the state's {name!r} is {array!r:.60}; expected finite numbers of at least 0")
-    return arrays
-
-
-def check_dtypes(saved: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:
-    """Refuse saved arrays of other dtypes than those that a policy keeps."""
-    for name, array in saved.items():
-        if array.dtype.name != str(wanted[name].dtype):
-            raise InvalidInput(
-                f"the state's {name!r} has dtype {array.dtype.name}; expected {wanted[name].dtype}, as it was saved"
-            )
-
-
-def _copy(value: Any) -> np.ndarray:
-    """A number, array or tensor of any framework as an array of its own."""
-    return np.array(value) if isinstance(value, int | float) else np.array(backend_of(value).to_numpy(value))

@@ -321,7 +321,7 @@ def steps_of(policy, clip, dtypes, poison=None):
 
 
 def assert_states_agree(policy, state, wanted):
-    from clipcore.clipping.call import flat_state
+    from clipcore.clipping.states import flat_state
 
     flat_wanted = flat_state(policy, wanted)
     for name, value in flat_state(policy, state).items():

@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from clipcore.backend import Axes
 from clipcore.clipping.api import bound
-from clipcore.clipping.call import Call, check_flat_state, flat_state, nested_state
-from clipcore.clipping.clipper import check_dtypes, saved_state
+from clipcore.clipping.call import Call
 from clipcore.clipping.combine import PerGroup
 from clipcore.clipping.given import Given, Spec, map_state
 from clipcore.clipping.policies import Policy
 from clipcore.clipping.report import ClipReport
+from clipcore.clipping.states import check_dtypes, check_flat_state, flat_state, nested_state, saved_state
 from clipcore.errors import InvalidInput
 from clipcore.mapping.layouts import unit_axes
 from clipcore.training import Attachment

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import clipcore as cc
-from clipcore.clipping import host, kernels
+from clipcore.clipping import kernels, measure
 
 
 def misjudged():
@@ -28,7 +28,7 @@ def test_whether_a_norm_is_over_its_limit_is_decided_exactly():
 
 
 def test_the_fast_sum_alone_would_be_wrong_there(monkeypatch):
-    monkeypatch.setattr(host.Measure, "settled", lambda self, limit, floor: self.norms)
+    monkeypatch.setattr(measure.Measure, "settled", lambda self, limit, floor: self.norms)
     assert not all(clipped_as_the_exact_norm_says(*case) for case in misjudged())
 
 

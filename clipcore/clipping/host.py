@@ -114,6 +114,9 @@ class HostPrimitives:
         if measure.nonfinite and nonfinite != "zero":
             fault = np.full(len(measure), _fault_factor(measure.nonfinite, nonfinite))
             return Scale(Wide.of(fault), np.ones(len(measure), bool), measure.factor_axes(), measure.places, limits)
+        if at_least == 0 and measure.surely_below(limits):
+            one = Wide(*(np.broadcast_to(part, len(measure)) for part in Wide.of(1.0)))
+            return Scale(one, np.zeros(len(measure), bool), measure.factor_axes(), measure.places, limits)
         limit, floor, one = Wide.of(limits), Wide.of(np.full(len(measure), at_least)), Wide.of(1.0)
         norms = measure.settled(limit, floor)
         below = floor.exceeds(norms) & (norms.mantissa > 0)

@@ -1,1 +1,1 @@
-"""Clipping: what a policy means (reference), what users write (policies), how it runs on a CPU (kernels)."""
+"""Clipping: what policies mean (reference), what users write (policies, limits …), how it is done (host, kernels)."""

@@ -234,6 +234,18 @@ def test_sparse_gradients_pass_through_the_primitives(backend):
         assert float(report.norm) == 7.0
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-0.0, 1.0), (-1.0, 0.0), (-1.0, -0.0), (1e-60, 1.0), (-1.0, -1e-60)]
+)
+def test_a_clamp_keeps_the_sign_of_zeros_and_of_bounds_that_round_to_zero(backend, low, high):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grads = [torch.tensor([-0.0, 0.0, -2.0, 2.0] * 5, dtype=dtype)]
+        (clipped,), _ = backend.primitives().clamp(grads, low, high)
+        (wanted,), _ = cc.clip(grads, cc.ClipByValue(low, high))
+        assert torch.equal(clipped, wanted)
+        assert torch.equal(torch.signbit(clipped), torch.signbit(wanted))
+
+
 def test_meta_tensors_run_through_the_primitives_without_a_value_being_read(backend):
     grads = [torch.ones(3, device="meta"), torch.ones(2, dtype=torch.float16, device="meta")]
     for policy in POLICIES:

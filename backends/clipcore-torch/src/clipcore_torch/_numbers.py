@@ -135,4 +135,4 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     digits, lowest = _DIGITS[dtype]
     unit = max(math.frexp(value)[1] - digits, lowest)
     nearest = math.ldexp(round(math.ldexp(value, -unit)), unit)
-    return max(-largest, min(nearest, largest))
+    return math.copysign(min(abs(nearest), largest), value)

@@ -191,10 +191,13 @@ class TorchPrimitives:
         def is_outside(x: Tensor) -> Tensor:
             return (x < rounded(low, x.dtype)) | (x > rounded(high, x.dtype))
 
+        def bounded(x: Tensor) -> Tensor:
+            # not `clamp`, which on a device gives a zero the sign of a bound of zero
+            lowest, highest = rounded(low, x.dtype), rounded(high, x.dtype)
+            return torch.where(x < lowest, lowest, torch.where(x > highest, highest, x))
+
         changed = self._count(tensors, is_outside) > 0
-        return [
-            map_values(lambda x: x.clamp(rounded(low, x.dtype), rounded(high, x.dtype)), tensor) for tensor in tensors
-        ], changed
+        return [map_values(bounded, tensor) for tensor in tensors], changed
 
     def spike(
         self, tensors: Sequence[Tensor], moments: Sequence[Tensor], threshold: float, decay: float, acts: Any

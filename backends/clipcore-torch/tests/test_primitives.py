@@ -409,6 +409,15 @@ def test_what_a_hard_bound_stores_never_exceeds_it(backend, kind, limit, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_units_of_subnormal_numbers_are_raised_to_their_norm(backend, dtype):
+    smallest = 2.0 ** {torch.float32: -149, torch.float64: -1074, torch.bfloat16: -133}[dtype]
+    units = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=dtype) * smallest
+    (raised,), _, _ = cc.UnitNorm(unit_axis=0).bound(Given([units], backend.primitives(), slots=[0]), {})
+    (wanted,), _ = cc.clip([units], cc.UnitNorm(unit_axis=0))
+    assert_close([to_array(raised)], [to_array(wanted)], absolute=0.0)
+
+
 def test_examples_over_several_tensors_never_exceed_their_bound(backend):
     policy = cc.PerExampleClip(1.0)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -152,8 +152,9 @@ def _multipliers(factors: Numbers, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two normal factors of the dtype whose product it is; the second is 1 unless the product is not normal."""
     mantissa, exponent = factors
     first = lowest_power(dtype) + 1
-    factor = times_power(mantissa, exponent.clamp(min=first)).to(dtype)
-    return factor, times_power(torch.ones_like(factor), (exponent - first).clamp(max=0))
+    within = exponent.clamp(first, -first)  # of a unit of subnormal numbers, the factor may be beyond the dtype
+    factor = times_power(mantissa, within).to(dtype)
+    return factor, times_power(torch.ones_like(factor), exponent - within)
 
 
 def hold_hard(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipcore as cc
 from clipcore.clipping.given import Given
@@ -252,6 +253,27 @@ def test_meta_tensors_run_through_the_primitives_without_a_value_being_read(back
         clipped, report = cc.clip(grads, policy)
         assert [(t.shape, t.dtype) for t in clipped] == [(t.shape, t.dtype) for t in grads]
         assert report.norm.device.type == "meta"
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Whether each copy from the CPU to the meta device goes on without waiting, as it would on a real one."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].is_cpu and result.is_meta:
+            self.waits.append(not (kwargs or {}).get("non_blocking", False))
+        return result
+
+
+def test_the_power_method_does_not_wait_for_the_device():
+    with CopiesToDevice() as copies:
+        cc.clip([torch.ones(3, 2, device="meta")], cc.SpectralLimit(1.0, method="power", unit_axis=0))
+    assert copies.waits
+    assert not any(copies.waits)
 
 
 @given(case=strategies.norm_cases(nonfinite="zero", grads=strategies.lists_of(strategies.arrays(nonfinite=True))))

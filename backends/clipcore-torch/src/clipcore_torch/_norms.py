@@ -123,7 +123,7 @@ def spectral_norm(x: Tensor, axes: Axes, method: str) -> Numbers:
 
 
 def _by_power(matrix: Tensor) -> Tensor:
-    vector = _start(matrix.shape[1]).to(matrix)
+    vector = _start(matrix.shape[1]).to(matrix, non_blocking=True)  # else it would wait for the device
     for _ in range(_POWER_STEPS):
         vector = matrix.mH @ (matrix @ vector)
         length = vector_norm(vector)

@@ -11,7 +11,6 @@ from clipcore.backend import Backend
 from clipcore.clipping.call import Call, all_places, owner_of
 from clipcore.clipping.given import State, map_state
 from clipcore.clipping.host import HostPrimitives
-from clipcore.clipping.kernels import not_finite
 from clipcore.clipping.lists import Arrays
 from clipcore.clipping.overlaps import one_per_memory
 from clipcore.clipping.policies import Policy
@@ -198,7 +197,10 @@ def bound(
         primitives = owner.primitives()
         like = call.tensors[0] if call.tensors else None
         state = map_state(lambda value: primitives.adopt(value, like), state)
-        return policy.bound(call.given(call.tensors, params, primitives), state)
+        try:
+            return policy.bound(call.given(call.tensors, params, primitives), state)
+        except NonFinite as err:
+            raise _placed(err, call, call.tensors, policy, primitives) from err
     bounded, state, report = bound_arrays(call, arrays, beside, policy, state, HostPrimitives(owns_state=owns_state))
     if bounded is arrays:
         return call.tensors, state, report
@@ -271,9 +273,14 @@ def bound_arrays(
         with np.errstate(over="ignore"):  # a number beyond float64 is the policy's to judge
             return policy.bound(call.given(arrays, params, primitives), map_state(np.asarray, state))
     except NonFinite as err:
-        is_fault = np.isnan if policy.infinities_allowed else not_finite
-        faulty = [f"grads{p}" for p, array in zip(call.paths, arrays, strict=True) if is_fault(array).any()]
-        where = (
-            f"first in {faulty[0]}, {len(faulty)} of {len(arrays)} tensors" if faulty else "after its first policies"
-        )
-        raise NonFinite(f"{err} ({where}), and the policy has nonfinite='raise'; nothing was changed") from err
+        raise _placed(err, call, arrays, policy, primitives) from err
+
+
+def _placed(err: NonFinite, call: Call, tensors: Sequence[Any], policy: Policy, primitives: Any) -> NonFinite:
+    """The error with the place of the first fault."""
+    # counted where they are: a device's tensors need not come to the CPU for it
+    counts = [primitives.screen([x], "propagate", nan_alone=policy.infinities_allowed)[1] for x in tensors]
+    faulty = [f"grads{path}" for path, count in zip(call.paths, counts, strict=True) if int(count)]
+    where = f"first in {faulty[0]}, {len(faulty)} of {len(counts)} tensors" if faulty else "after its first policies"
+    error: NonFinite = NonFinite(f"{err} ({where}), and the policy has nonfinite='raise'; nothing was changed")
+    return error

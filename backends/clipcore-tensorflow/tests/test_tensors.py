@@ -144,6 +144,18 @@ def test_nothing_is_shown_under_differentiation(backend: Any) -> None:
     np.testing.assert_allclose(tape.gradient(total, x), [(16 - 12) / 125, (9 - 12) / 125], rtol=1e-5)
 
 
+def test_a_fault_under_a_tape_is_named_with_its_place() -> None:
+    grads = {"a": tf.constant([3.0]), "b": tf.constant([4.0, np.inf])}
+    with tf.GradientTape() as tape:
+        tape.watch(grads["a"])
+        with pytest.raises(cc.NonFinite) as caught:
+            cc.clip(grads, cc.ClipByGlobalNorm(1.0, nonfinite="raise"))
+    assert str(caught.value) == (
+        "1 elements are inf or NaN (first in grads['b'], 1 of 2 tensors), and the policy has nonfinite='raise'; "
+        "nothing was changed"
+    )
+
+
 def test_only_variables_can_be_written(backend: Any) -> None:
     assert backend.to_host([tf.Variable(1.0), keras.Variable(1.0)], writable=True) is None
     variable, constant = tf.Variable([3.0, 4.0]), tf.constant([3.0, 4.0])

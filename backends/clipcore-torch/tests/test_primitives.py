@@ -193,10 +193,23 @@ def test_raising_is_refused_where_gradients_cannot_be_read():
         torch.vmap(lambda x: cc.clip(x, policy)[0])(torch.ones(2, 3))
 
 
-def test_raising_under_autograd_raises():
-    policy = cc.ClipByGlobalNorm(1.0, nonfinite="raise")
-    with pytest.raises(cc.NonFinite, match="1 elements are inf or NaN"):
-        cc.clip(torch.tensor([1.0, math.inf], requires_grad=True), policy)
+@pytest.mark.parametrize("clip", [cc.clip, torch.func.grad(lambda grads, policy: cc.clip(grads, policy)[0]["b"].sum())])
+def test_raising_on_tensors_that_only_torch_can_read_names_the_first_with_a_fault(clip):
+    grads = {"a": torch.ones(2, requires_grad=True), "b": torch.tensor([1.0, math.inf])}
+    wanted = (
+        r"^1 elements are inf or NaN \(first in grads\['b'\], 1 of 2 tensors\), and the policy has nonfinite='raise'"
+    )
+    with pytest.raises(cc.NonFinite, match=wanted):
+        clip(grads, cc.ClipByGlobalNorm(1.0, nonfinite="raise"))
+
+
+def test_an_error_of_the_device_is_reported_as_it_is(monkeypatch):
+    def failing(self):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.Tensor, "__int__", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cc.clip(torch.ones(2, requires_grad=True), cc.ClipByGlobalNorm(1.0, nonfinite="raise"))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)

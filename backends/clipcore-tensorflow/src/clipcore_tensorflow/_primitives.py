@@ -306,7 +306,7 @@ def _fault(faults: tf.Tensor, nonfinite: NonFiniteMode) -> tf.Tensor:
             )
         count = int(faults)
         if count:
-            raise NonFinite(f"{count} elements are inf or NaN, and the policy has nonfinite='raise'")
+            raise NonFinite(f"{count} elements are inf or NaN")
     return faults > 0
 
 

@@ -95,9 +95,11 @@ def raise_if_any(faults: Any) -> None:
     try:
         count = int(faults)
     except RuntimeError as err:
+        if type(faults) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(faults):
+            raise  # nothing hides its value: the error is of the device
         raise InvalidInput(refusal) from err
     if count:
-        raise NonFinite(f"{count} elements are inf or NaN, and the policy has nonfinite='raise'; nothing was changed")
+        raise NonFinite(f"{count} elements are inf or NaN")
 
 
 def spread(values: Tensor, places: Sequence[Place]) -> Tensor:

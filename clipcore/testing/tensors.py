@@ -33,8 +33,7 @@ def as_arrays(backend: Backend, tree: Any) -> list[Array]:
 
 def as_array(backend: Backend, tensor: Any) -> Array:
     """A copy of the tensor's values."""
-    arrays = backend.to_host([tensor])
-    return np.array(np.asarray(tensor) if arrays is None else arrays[0])
+    return np.array(backend.to_numpy(tensor) if backend.is_tensor(tensor) else tensor)
 
 
 def _aligned(array: Array) -> Array:

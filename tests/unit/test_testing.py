@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 import clipcore as cc
+from clipcore.numpy_backend import NumpyBackend
 from clipcore.structure import leaves
 from clipcore.testing import checks
 from clipcore.testing import strategies as s
@@ -206,6 +207,26 @@ def test_tensors_have_the_values_and_the_memory_of_their_arrays(tree):
     for (_, tensor), array in zip(leaves(tensors), arrays, strict=True):
         assert not np.shares_memory(tensor, array)
         assert tensor.flags.c_contiguous == array.flags.c_contiguous or array.size < 2
+
+
+def test_values_are_read_of_tensors_that_only_their_backend_can_read():
+    class Far:
+        """What lies on a device, out of NumPy's reach."""
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("convert it to a CPU tensor first")
+
+    class FarBackend(NumpyBackend):
+        def is_tensor(self, obj):
+            return isinstance(obj, Far)
+
+        def to_host(self, tensors, *, writable=False):
+            return None
+
+        def to_numpy(self, tensor):
+            return ONE
+
+    checks.assert_same_bits(as_arrays(FarBackend(), [Far(), UP]), [ONE, UP])
 
 
 def pytest_status(folder, *arguments):

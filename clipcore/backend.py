@@ -210,6 +210,12 @@ class Backend(Protocol):
         `writable`, they may be written.
         """
 
+    def lies_at(self, tensor: Any) -> Any:
+        """What two tensors have in common that are the same elements of a memory, a device's too; hashable.
+
+        At least the tensor's identity, where more cannot be seen.
+        """
+
     def written(self, tensors: Sequence[Any]) -> None:
         """Called after the memory of tensors was written: tells the framework what it would not see (autograd)."""
 

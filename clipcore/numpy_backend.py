@@ -37,6 +37,9 @@ class NumpyBackend:
     def memory(self, tensors: Sequence[Any], *, writable: bool = False) -> None:
         """None: arrays are what `to_host` gives, and no slower to look at."""
 
+    def lies_at(self, tensor: Any) -> Any:
+        return id(tensor)
+
     def written(self, tensors: Sequence[Any]) -> None:
         """Nothing: nobody keeps arrays for later."""
 

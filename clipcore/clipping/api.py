@@ -228,7 +228,7 @@ def _once(call: Call) -> Call:
     memory = call.owner.memory(call.tensors, writable=True)
     if memory is not None and not memory.overlaps:
         return call
-    first = {id(tensor): place for place, tensor in reversed(list(enumerate(call.tensors)))}
+    first = {call.owner.lies_at(tensor): place for place, tensor in reversed(list(enumerate(call.tensors)))}
     if len(first) < len(call.tensors):
         call = call.pick(sorted(first.values()))
     # looked at out of sight of what differentiates: their memory is the same

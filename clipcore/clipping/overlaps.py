@@ -24,7 +24,8 @@ def one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[i
                 f"grads{paths[index]} has shape {array.shape} and strides of {array.strides} bytes: its elements share "
                 f"memory and would be scaled twice; use cc.clip, or pass a copy"
             )
-        seen.setdefault(_footprint(array) if array.size else ("empty", index), index)
+        place = footprint(extent(array)[0], array.shape, array.strides, array.itemsize) if array.size else -index
+        seen.setdefault(place, index)
     places = list(seen.values())
     before: list[tuple[int, int]] = []  # (end, place) of all that reach beyond where the next one begins
     for low, high, index in sorted((*extent(arrays[i]), i) for i in places if arrays[i].size):
@@ -39,15 +40,19 @@ def one_per_memory(paths: Sequence[str], arrays: Sequence[np.ndarray]) -> list[i
     return places
 
 
-def _footprint(array: np.ndarray) -> tuple[Any, ...]:
-    """The bytes that an array's elements take, in whatever order: the first one, and [distance, count] per axis."""
-    axes = [[1, array.itemsize]]
-    for distance, count in sorted((abs(stride), size) for size, stride in zip(array.shape, array.strides, strict=True)):
+def footprint(start: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[Any, ...]:
+    """The bytes that elements take, in whatever order: the first one, and (distance, count) per axis.
+
+    Args:
+        strides: in bytes.
+    """
+    axes = [[1, itemsize]]
+    for distance, count in sorted((abs(stride), size) for size, stride in zip(shape, strides, strict=True)):
         if distance == axes[-1][0] * axes[-1][1]:
             axes[-1][1] *= count
         elif count > 1:
             axes.append([distance, count])
-    return extent(array)[0], *map(tuple, axes)
+    return start, *map(tuple, axes)
 
 
 def _overlaps_itself(array: np.ndarray) -> bool:

@@ -18,6 +18,7 @@ from clipcore.clipping.kernels import round_once
 from clipcore.testing import strategies
 from clipcore.testing.checks import assert_like_reference, assert_same_bits
 from clipcore_torch._tensors import as_tensor, to_array, values_of
+from clipcore_torch.backend import TorchBackend
 
 POLICY = cc.ClipByGlobalNorm(1.0)
 REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -379,3 +380,35 @@ def test_gradients_by_names_that_the_model_does_not_have_are_refused():
 def test_a_layer_whose_layout_is_unknown_is_named_with_what_helps():
     with pytest.raises(cc.InvalidInput, match=r"in_proj_weight.*whose layout clipcore does not know.*PerGroup"):
         cc.limit_(nn.MultiheadAttention(4, 2), cc.MaxNorm(1.0))
+
+
+@pytest.fixture
+def _out_of_sight(monkeypatch):
+    """As of a device, whose memory NumPy does not reach."""
+    monkeypatch.setattr(TorchBackend, "to_host", lambda self, tensors, *, writable=False: None)
+    monkeypatch.setattr(TorchBackend, "memory", lambda self, tensors, *, writable=False: None)
+
+
+@pytest.mark.usefixtures("_out_of_sight")
+@pytest.mark.parametrize("view", [torch.detach, torch.t, lambda x: x[:2], lambda x: x.t().unsqueeze(0)])
+@pytest.mark.parametrize("memory", [[[3.0, 4.0], [0.0, 0.0]], [[3.0, 0.0, 7.0], [4.0, 0.0, 7.0]]])
+def test_one_memory_out_of_sight_is_scaled_once(memory, view):
+    memory = torch.tensor(memory)
+    gradient = memory[:, :2]
+    report = cc.clip_([gradient, view(gradient)], cc.ClipByGlobalNorm(2.5))
+    assert float(report.norm) == 5.0
+    assert gradient.norm() == 2.5
+    assert (memory[:, 2:] == 7.0).all()
+
+
+@pytest.mark.usefixtures("_out_of_sight")
+def test_what_lies_elsewhere_is_counted_apart():
+    for grads in (
+        [torch.ones(2), torch.ones(2)],
+        torch.ones(4).split(2),
+        [torch.ones(2, 2)[:, i] for i in (0, 1)],
+        [torch.ones(2, device="meta"), torch.ones(2, device="meta")],
+        [torch.ones(2).requires_grad_().sqrt(), torch.ones(2).sqrt(), torch.ones(0), torch.ones(0)],
+        [torch.ones(2).to_sparse(), torch.ones(2).to_sparse()],
+    ):
+        assert len(cc.clip_(grads, cc.ClipByNorm(9.0)).norms) == len(grads)

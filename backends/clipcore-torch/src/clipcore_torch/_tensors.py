@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from clipcore.backend import Memory
+from clipcore.clipping.overlaps import footprint
 from clipcore.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -90,13 +91,29 @@ def lie_in_memory(tensors: Sequence[Tensor], *, writable: bool = False) -> Memor
     return Memory(dtype_name(first), addresses, np.fromiter(map(Tensor.numel, tensors), np.int64, count))
 
 
-def _is_on_host(tensor: Tensor) -> bool:
+def lies_at(tensor: Tensor) -> Any:
+    """The bytes of a tensor's elements, on whatever device; see `clipcore.Backend.lies_at`."""
+    if torch.compiler.is_compiling() or not _is_ordinary(tensor) or tensor.layout is not torch.strided:
+        return id(tensor)
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # wrapped by vmap or torch.func.grad
+        return id(tensor)
+    if not start:  # no elements, or none that are anywhere (meta)
+        return id(tensor)
+    if tensor.is_contiguous():  # the usual case, quick for a thousand small tensors
+        return tensor.device, start, (1, tensor.nbytes)
+    strides = [stride * tensor.itemsize for stride in tensor.stride()]
+    return tensor.device, *footprint(start, tensor.shape, strides, tensor.itemsize)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
     # a subclass (FakeTensor, DTensor, a quantised tensor) may have no memory, or give it another meaning
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
-        and (tensor.layout is torch.strided or tensor.is_sparse)
-    )
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return _is_ordinary(tensor) and tensor.is_cpu and (tensor.layout is torch.strided or tensor.is_sparse)
 
 
 def announce_writes(tensors: Sequence[Tensor]) -> None:

@@ -40,6 +40,9 @@ class TorchBackend:
     def memory(self, tensors: Sequence[Tensor], *, writable: bool = False) -> Memory | None:
         return _tensors.lie_in_memory(tensors, writable=writable)
 
+    def lies_at(self, tensor: Tensor) -> Any:
+        return _tensors.lies_at(tensor)
+
     def written(self, tensors: Sequence[Tensor]) -> None:
         _tensors.announce_writes(tensors)
 

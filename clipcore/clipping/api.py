@@ -231,10 +231,15 @@ def _once(call: Call) -> Call:
     first = {call.owner.lies_at(tensor): place for place, tensor in reversed(list(enumerate(call.tensors)))}
     if len(first) < len(call.tensors):
         call = call.pick(sorted(first.values()))
-    # looked at out of sight of what differentiates: their memory is the same
-    arrays = call.owner.to_host([call.owner.detached(tensor) for tensor in call.tensors])
-    chosen = range(len(call.tensors)) if arrays is None else one_per_memory(call.paths, arrays)
+    first_alone = _memories(call.owner, call.tensors[:1])  # where it cannot be seen, the others need not be asked
+    arrays = first_alone and _memories(call.owner, call.tensors)
+    chosen = one_per_memory(call.paths, arrays) if arrays else range(len(call.tensors))
     return call if len(chosen) == len(call.tensors) else call.pick(chosen)
+
+
+def _memories(owner: Backend, tensors: Sequence[Any]) -> list[np.ndarray] | None:
+    # out of sight of what differentiates: the memory is the same
+    return owner.to_host([owner.detached(tensor) for tensor in tensors])
 
 
 def bound_in_place(call: Call, policy: Policy, state: State, *, owns_state: bool = False) -> tuple[State, ClipReport]:

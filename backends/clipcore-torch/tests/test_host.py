@@ -412,3 +412,11 @@ def test_what_lies_elsewhere_is_counted_apart():
         [torch.ones(2).to_sparse(), torch.ones(2).to_sparse()],
     ):
         assert len(cc.clip_(grads, cc.ClipByNorm(9.0)).norms) == len(grads)
+
+
+@pytest.mark.usefixtures("_out_of_sight")
+def test_of_memory_out_of_sight_one_tensor_is_asked_for_all(monkeypatch):
+    seen, detached = [], TorchBackend.detached
+    monkeypatch.setattr(TorchBackend, "detached", lambda self, tensor: seen.append(tensor) or detached(self, tensor))
+    cc.clip_([torch.ones(2) for _ in range(9)], cc.ClipByNorm(1.0))
+    assert len(seen) == 1

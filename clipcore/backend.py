@@ -240,8 +240,8 @@ class Backend(Protocol):
     def primitives(self) -> Primitives:
         """The framework's own primitives, for tensors that `to_host` cannot show."""
 
-    def assign_(self, tensor: Any, value: Any) -> None:
-        """Overwrite `tensor` with the tensor `value`, in place; InvalidInput where tensors of this class cannot be."""
+    def assign_(self, tensors: Sequence[Any], values: Sequence[Any]) -> None:
+        """Overwrite each tensor with the tensor at its place in `values`; InvalidInput where one cannot be written."""
 
     def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
         """(parameters, the gradients that the framework keeps beside them, None where there is none), each once."""

@@ -60,8 +60,9 @@ class NumpyBackend:
     def primitives(self) -> HostPrimitives:
         return HostPrimitives()
 
-    def assign_(self, tensor: Any, value: Any) -> None:
-        tensor[...] = value
+    def assign_(self, tensors: Sequence[Any], values: Sequence[Any]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor[...] = value
 
     def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
         raise InvalidInput("NumPy keeps no gradients beside parameters; use cc.clip(grads, policy)")

@@ -259,9 +259,8 @@ def bound_in_place(call: Call, policy: Policy, state: State, *, owns_state: bool
             owner.written(call.tensors)
         return state, report
     bounded, state, report = bound(call, policy, state, owns_state=owns_state)
-    for tensor, result in zip(call.tensors, bounded, strict=True):
-        if result is not tensor:
-            owner.assign_(tensor, result)
+    changed = [place for place, result in enumerate(bounded) if result is not call.tensors[place]]
+    owner.assign_([call.tensors[place] for place in changed], [bounded[place] for place in changed])
     return state, report
 
 

@@ -163,7 +163,7 @@ def test_only_variables_can_be_written(backend: Any) -> None:
         cc.clip_([variable, constant], cc.ClipByNorm(1.0))
     assert variable.numpy().tolist() == [3.0, 4.0]
     with pytest.raises(cc.InvalidInput, match="immutable"):
-        backend.assign_(constant, constant)
+        backend.assign_([constant], [constant])
 
 
 @pytest.mark.parametrize("make", [tf.Variable, keras.Variable])

@@ -506,3 +506,32 @@ def test_second_moments_are_of_what_is_stored(backend):
     assert torch.equal(stored.float(), torch.tensor([math.sqrt(0.6), -0.5]).bfloat16().float())
     assert torch.equal(after, 0.5 * moments[0] + 0.5 * stored.float().square())
     assert bool(changed)
+
+
+@pytest.fixture
+def _dear_launches(monkeypatch):
+    """The CPU taken for a device."""
+    monkeypatch.setattr("clipcore_torch._together._DEVICES", ("cpu",))
+
+
+class Operations(TorchDispatchMode):
+    """Which operations torch was asked for, and how often."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("_dear_launches")
+def test_results_are_written_in_one_launch_for_each_dtype(backend):
+    tensors = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16(), torch.zeros(3)]
+    tensors += [torch.zeros(2, dtype=torch.float64), torch.zeros(2).to_sparse()]
+    values = [torch.ones_like(tensor.to_dense()) for tensor in tensors[:-1]] + [torch.ones(2).to_sparse()]
+    with Operations() as seen:
+        backend.assign_(tensors, values)
+    assert all(torch.equal(tensor.to_dense(), value.to_dense()) for tensor, value in zip(tensors, values, strict=True))
+    assert seen.counts[torch.ops.aten._foreach_copy_] == 2

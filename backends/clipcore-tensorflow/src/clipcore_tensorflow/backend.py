@@ -74,9 +74,10 @@ class TensorFlowBackend:
     def primitives(self) -> Primitives:
         return TensorFlowPrimitives()
 
-    def assign_(self, tensor: Any, value: Any) -> None:
-        _tensors.check_assignable(tensor)
-        _tensors.tf_variable(tensor).assign(value)
+    def assign_(self, tensors: Sequence[Any], values: Sequence[Any]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            _tensors.check_assignable(tensor)
+            _tensors.tf_variable(tensor).assign(value)
 
     def gradients(self, model_or_params: Any) -> tuple[list[Any], list[Any]]:
         raise InvalidInput("TensorFlow keeps no gradients beside variables; use cc.clip(grads, policy)")

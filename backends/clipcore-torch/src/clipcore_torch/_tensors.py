@@ -93,18 +93,22 @@ def lie_in_memory(tensors: Sequence[Tensor], *, writable: bool = False) -> Memor
 
 def lies_at(tensor: Tensor) -> Any:
     """The bytes of a tensor's elements, on whatever device; see `clipcore.Backend.lies_at`."""
-    if torch.compiler.is_compiling() or not _is_ordinary(tensor) or tensor.layout is not torch.strided:
-        return id(tensor)
-    try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # wrapped by vmap or torch.func.grad
-        return id(tensor)
+    start = 0 if torch.compiler.is_compiling() or not is_plain(tensor) else tensor.data_ptr()
     if not start:  # no elements, or none that are anywhere (meta)
         return id(tensor)
     if tensor.is_contiguous():  # the usual case, quick for a thousand small tensors
         return tensor.device, start, (1, tensor.nbytes)
     strides = [stride * tensor.itemsize for stride in tensor.stride()]
     return tensor.device, *footprint(start, tensor.shape, strides, tensor.itemsize)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and of torch's own class, and no transformation is looking at it."""
+    return (
+        _is_ordinary(tensor)
+        and tensor.layout is torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from clipcore.training import Attachment, OnReport
 from clipcore_torch import _building, _examples, _layers, _tensors, _tracing, _training
 from clipcore_torch._primitives import TorchPrimitives
 from clipcore_torch._tensors import Array
+from clipcore_torch._together import assign_
 
 
 class TorchBackend:
@@ -62,9 +63,9 @@ class TorchBackend:
     def primitives(self) -> TorchPrimitives:
         return TorchPrimitives()
 
-    def assign_(self, tensor: Tensor, value: Tensor) -> None:
+    def assign_(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            tensor.copy_(value)
+            assign_(tensors, values)
 
     def gradients(self, model_or_params: Any) -> tuple[list[Tensor], list[Tensor | None]]:
         params = _unique(_parameters(model_or_params))

@@ -527,6 +527,22 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("_dear_launches")
+def test_norms_of_a_dtype_are_taken_together_in_whatever_order_they_come(backend):
+    shapes = [(2,), (3, 4), (), (5,), (1, 1), (0,), (7,), (2, 2)]
+    dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.bfloat16]
+    grads = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, [*dtypes, torch.float32], strict=True)]
+    with Operations() as seen:
+        _, measure = backend.primitives().measure(grads, 2.0)
+    norms = backend.primitives().norms(measure)
+    assert_close(
+        [to_array(norms)], [np.array([float(x.double().norm()) for x in grads])], relative=NORM_TOLERANCE, absolute=0.0
+    )
+    with Operations() as more:
+        backend.primitives().measure(grads + [torch.ones(3)] * 16, 2.0)
+    assert more.counts[torch.ops.aten.__rshift__] == seen.counts[torch.ops.aten.__rshift__]
+
+
+@pytest.mark.usefixtures("_dear_launches")
 def test_results_are_written_in_one_launch_for_each_dtype(backend):
     tensors = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16(), torch.zeros(3)]
     tensors += [torch.zeros(2, dtype=torch.float64), torch.zeros(2).to_sparse()]

@@ -5,6 +5,7 @@ Squares are summed in float64, on devices without it in float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -16,7 +17,7 @@ from torch.linalg import svdvals, vector_norm
 
 from clipcore.backend import Axes
 from clipcore_torch._numbers import Numbers, lowest_power, power, split, times_power, unit_roundoff, wide_dtype
-from clipcore_torch._together import groups
+from clipcore_torch._together import groups, others
 
 Norm = float | Literal["svd", "power"]  # a p-norm, or the largest singular value and how it is found
 
@@ -153,14 +154,25 @@ def join(each: Numbers, p: float) -> Numbers:
 
 
 def each_norm(tensors: Sequence[Tensor], p: Norm, axes: Sequence[Axes]) -> list[Numbers]:
-    """The norms of each tensor's units, a vector for each tensor."""
+    """The norms of each tensor's units, tensor by tensor, in vectors one after the other."""
     if isinstance(p, str):
         return [spectral_norm(x, own, p) for x, own in zip(tensors, axes, strict=True)]
     found: dict[int, Numbers] = {}
     whole = [i for i, x in enumerate(tensors) if not axes[i] and x.numel() and can_be_summed_as_it_is(x, p)]
-    for places in groups(tensors, whole):
+    together = groups(tensors, whole)
+    for places in together:
         values = torch._foreach_norm(
             [reals(tensors[i]) for i in places], p, dtype=wide_dtype(tensors[places[0]].device)
         )
-        found.update(zip(places, (split(value[None]) for value in values), strict=True))
-    return [found[i] if i in found else unit_norms(x, p, axes[i]) for i, x in enumerate(tensors)]
+        each = split(torch.stack(values))  # together: it is some twenty launches
+        for start, stop in _stretches(places):
+            found[places[start]] = Numbers(*(part[start:stop] for part in each))
+    for i in others(tensors, together):
+        found[i] = unit_norms(tensors[i], p, axes[i])
+    return [found[i] for i in range(len(tensors)) if i in found]
+
+
+def _stretches(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Where consecutive numbers begin and end among ascending ones."""
+    starts = [at for at, place in enumerate(places) if at == 0 or place != places[at - 1] + 1]
+    return list(itertools.pairwise([*starts, len(places)]))

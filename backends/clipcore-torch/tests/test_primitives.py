@@ -510,8 +510,9 @@ def test_second_moments_are_of_what_is_stored(backend):
 
 @pytest.fixture
 def _dear_launches(monkeypatch):
-    """The CPU taken for a device."""
+    """The CPU taken for a device, and portions so small that a tensor has several."""
     monkeypatch.setattr("clipcore_torch._together._DEVICES", ("cpu",))
+    monkeypatch.setattr("clipcore_torch._together._PORTION", 3)
 
 
 class Operations(TorchDispatchMode):
@@ -540,6 +541,28 @@ def test_norms_of_a_dtype_are_taken_together_in_whatever_order_they_come(backend
     with Operations() as more:
         backend.primitives().measure(grads + [torch.ones(3)] * 16, 2.0)
     assert more.counts[torch.ops.aten.__rshift__] == seen.counts[torch.ops.aten.__rshift__]
+
+
+def faulty_gradients():
+    last = [(2, torch.float32, 1), (9, torch.float32, math.inf), (1, torch.bfloat16, math.nan), (0, torch.float32, 1)]
+    last += [(1, torch.complex64, complex(1, math.nan)), (7, torch.complex64, complex(math.inf, math.nan))]
+    grads = [torch.ones(size, dtype=dtype) for size, dtype, _ in last] + [torch.full((4, 3), -math.inf).t()]
+    for grad, (_, _, fault) in zip(grads, last, strict=False):
+        grad[-1:] = fault
+    return grads
+
+
+@pytest.mark.usefixtures("_dear_launches")
+def test_faults_of_a_dtype_are_counted_together(backend):
+    grads, primitives = faulty_gradients(), backend.primitives()
+    with Operations() as seen:
+        found = [int(primitives.screen(grads, "zero", nan_alone=alone)[1]) for alone in (False, True)]
+    assert found == [
+        sum(int(is_fault(x).sum()) for x in grads) for is_fault in (lambda x: ~torch.isfinite(x), torch.isnan)
+    ]
+    with Operations() as more:
+        primitives.screen(grads + [torch.ones(0)] * 16, "propagate", nan_alone=False)
+    assert more.counts[torch.ops.aten.sum] < seen.counts[torch.ops.aten.sum]
 
 
 @pytest.mark.usefixtures("_dear_launches")

@@ -27,6 +27,7 @@ from clipcore_torch._numbers import (
 )
 from clipcore_torch._scales import Measure, Place, Scale, apply, fault_factor, hold_hard, raise_if_any, scale_to, spread
 from clipcore_torch._tensors import map_values, values_of
+from clipcore_torch._together import groups, others, portions
 
 
 class TorchPrimitives:
@@ -82,7 +83,11 @@ class TorchPrimitives:
         """Number of elements for which `is_fault` holds, a 0-d int64 tensor."""
         if not tensors:
             return torch.zeros((), dtype=torch.int64, device=self._home)
-        return torch.stack([is_fault(values_of(tensor)).sum().to(self._home) for tensor in tensors]).sum()
+        values = [values_of(tensor) for tensor in tensors]
+        together = groups(values)
+        counts = [_count_together([values[i] for i in places], is_fault) for places in together]
+        counts += [is_fault(values[i]).sum() for i in others(values, together)]
+        return torch.stack([count.to(self._home) for count in counts]).sum()
 
     def join(self, measure: Measure) -> Measure:
         count = len(measure.places)
@@ -242,6 +247,13 @@ class TorchPrimitives:
 
 def _not_finite(x: Tensor) -> Tensor:
     return ~torch.isfinite(x)
+
+
+def _count_together(tensors: Sequence[Tensor], is_fault: Callable[[Tensor], Tensor]) -> Tensor:
+    """Number of elements of tensors of one device and dtype for which `is_fault` holds."""
+    with torch.no_grad():
+        flat = (portion[0] if len(portion) == 1 else torch.cat(portion) for portion in portions(tensors))
+        return torch.stack([is_fault(x).sum() for x in flat]).sum()
 
 
 def _may_be_zero(limits: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from clipcore_torch._tensors import is_plain
 
 _DEVICES = ("cuda",)  # where a launch costs more than the loop around it
+_PORTION = 1 << 23  # elements that keep a device busy and take little of its memory: 32 MiB in float32
 
 
 def groups(tensors: Sequence[Tensor], among: Iterable[int] | None = None) -> list[list[int]]:
@@ -25,6 +26,20 @@ def groups(tensors: Sequence[Tensor], among: Iterable[int] | None = None) -> lis
         if tensor.device.type in _DEVICES and is_plain(tensor):
             found.setdefault((tensor.device, tensor.dtype), []).append(index)
     return [places for places in found.values() if len(places) > 1]
+
+
+def portions(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The elements of tensors, in order, in lists of vectors; views of those that are contiguous."""
+    portion: list[Tensor] = []
+    room = _PORTION
+    for tensor in tensors:
+        for part in tensor.reshape(-1).split(_PORTION):
+            if part.numel() > room:
+                yield portion
+                portion, room = [], _PORTION
+            portion.append(part)
+            room -= part.numel()
+    yield portion
 
 
 def assign_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -37,9 +37,13 @@ from clipcore.plugins import backend_of, backends, get_backend
 from clipcore.training import Attachment, attach, compile, per_example_grads, to_tensorboard
 
 if TYPE_CHECKING:
+    from clipcore.backend import Stored
     from clipcore.hookspecs import hookimpl
+    from clipcore.mapping.diff import diff
     from clipcore.mapping.find import plan
-    from clipcore.mapping.plan import Difference, Plan, Row
+    from clipcore.mapping.kinds import Kind
+    from clipcore.mapping.plan import Difference, Part, Plan, Row, Term
+    from clipcore.mapping.registry import layer_kinds, register_kind
     from clipcore.migration.apply import MigratedTensor, MigrationResult, migrate
     from clipcore.migration.diagnosis import Divergence, LayerAgreement
     from clipcore.migration.limits import Delta
@@ -69,6 +73,7 @@ __all__ = [
     "Divergence",
     "InvalidInput",
     "InvalidPolicy",
+    "Kind",
     "LayerAgreement",
     "MappingError",
     "MaxNorm",
@@ -77,6 +82,7 @@ __all__ = [
     "MigrationResult",
     "MinMaxNorm",
     "NonFinite",
+    "Part",
     "PerExampleClip",
     "PerGroup",
     "Plan",
@@ -85,6 +91,8 @@ __all__ = [
     "Row",
     "SpectralLimit",
     "SpikeClip",
+    "Stored",
+    "Term",
     "UnitNorm",
     "Verification",
     "ZClip",
@@ -98,13 +106,16 @@ __all__ = [
     "clip_together",
     "combine",
     "compile",
+    "diff",
     "get_backend",
     "hookimpl",
+    "layer_kinds",
     "limit_",
     "migrate",
     "norm",
     "per_example_grads",
     "plan",
+    "register_kind",
     "scale_for",
     "to_tensorboard",
     "verify",
@@ -116,14 +127,21 @@ _ON_FIRST_USE = {
     "Delta": "clipcore.migration.limits",
     "Difference": "clipcore.mapping.plan",
     "Divergence": "clipcore.migration.diagnosis",
+    "Kind": "clipcore.mapping.kinds",
     "LayerAgreement": "clipcore.migration.diagnosis",
     "MigratedTensor": "clipcore.migration.apply",
     "MigrationResult": "clipcore.migration.apply",
+    "Part": "clipcore.mapping.plan",
     "Plan": "clipcore.mapping.plan",
     "Row": "clipcore.mapping.plan",
+    "Stored": "clipcore.backend",
+    "Term": "clipcore.mapping.plan",
     "Verification": "clipcore.migration.verify",
     "migrate": "clipcore.migration.apply",
+    "diff": "clipcore.mapping.diff",
+    "layer_kinds": "clipcore.mapping.registry",
     "plan": "clipcore.mapping.find",
+    "register_kind": "clipcore.mapping.registry",
     "verify": "clipcore.migration.verify",
 }
 

@@ -5,7 +5,7 @@ Tensors are the framework's own (`T`); at the edges they become NumPy arrays (bf
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -250,17 +250,23 @@ class Backend(Protocol):
         """The trainable tensors of a model (never running statistics), each once: those that `parameters` names."""
 
 
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) for each axis of a stored tensor; () for all of it
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a layer, as its framework stores it.
+    """One tensor of a layer, as its framework stores it: a whole stored tensor, or a part of one.
 
     Attributes:
-        name: unique in the model, as the framework's users know it ("conv1.weight", "conv1/kernel").
+        name: of the stored tensor, unique in the model, as the framework's users know it ("conv1.weight").
         role: what it is to its layer: "kernel", "bias", "scale", "running_mean" …
-        layout: the order of its named axes, as einops writes it: "(group out) in ...", "... in (group out)".
-        shape: as stored.
+        layout: the order of its named axes, as einops writes it: "(group out) in ...", "... in (group out)". A
+            canonical axis that is stored as several is numbered: "in out0 out1".
+        shape: of this tensor.
         dtype: NumPy's name of it.
         trainable: by its role, frozen now or not: False for running statistics and other buffers.
+        within: where a stored tensor holds several (gates, fused query, key and value), the bounds of this one in it.
+        whole: the shape of that stored tensor.
     """
 
     name: str
@@ -269,16 +275,53 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     trainable: bool = True
+    within: Bounds = ()
+    whole: tuple[int, ...] = ()
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor that this one is, or is a part of."""
+        return self.whole if self.within else self.shape
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model that owns tensors: what kind it is, its tensors by role, its settings by canonical name."""
+    """One layer of a model: what kind it is, its tensors by role, its settings by canonical name.
+
+    Attributes:
+        name: unique in the model. A module that computes several layers (a stacked LSTM, attention with one fused
+            projection) lists each of them, under names that begin with its own.
+        kind: a word of `clipcore.mapping.kinds.KINDS`; "raw" for tensors of a class that no rule describes.
+        why: for "raw", why no rule describes it, for a message ("an LSTM with projections").
+    """
 
     name: str
     kind: str
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+
+def no_settings(layer: Any) -> dict[str, Any]:
+    """The settings of a layer that has none."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one class of a framework stores a kind of layer: a row of a backend's table, or of `cc.register_kind`.
+
+    Attributes:
+        kind: the name of the kind.
+        roles: by the framework's name of each tensor (an attribute, a variable), the role and the layout.
+        settings: the layer's settings in canonical words; None where the kind has no word for one of them.
+        required: names of tensors without which the class computes something else than the kind does.
+    """
+
+    kind: str
+    roles: Mapping[str, tuple[str, str]]
+    settings: Callable[[Any], dict[str, Any] | None] = no_settings
+    required: frozenset[str] = frozenset()
 
 
 class ModelBackend(Backend, Protocol):
@@ -302,12 +345,17 @@ class ModelBackend(Backend, Protocol):
     def layers(self, model: Any) -> list[Layer]:
         """Every layer that owns tensors, each once, in the order in which the model lists them.
 
-        A layer of no known kind is listed with kind "torch:ClassName" (its framework and class) and layout "..." for
-        each tensor: it maps to a layer of the same class.
+        A layer of no known kind is listed with kind "raw" and layout "..." for each tensor, by the framework's names.
         """
 
-    def read(self, model: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """The named tensors as arrays in their stored layout, possibly views of the model's memory: copy to keep."""
+    def operations(self, model: Any) -> list[Layer]:
+        """The layers without tensors of a known kind (activations, pooling, dropout), in the same order."""
+
+    def read(self, model: Any, names: Sequence[str], *, keep: bool = False) -> dict[str, np.ndarray]:
+        """The named tensors as arrays in their stored layout, possibly views of the model's memory, not to be written.
+
+        With `keep`, later writes to the model leave the arrays as they are.
+        """
 
     def write(self, model: Any, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite the named tensors, shapes and dtypes as stored; never keeps a reference to an array."""
@@ -333,7 +381,10 @@ class TrainingBackend(Backend, Protocol):
 
 
 class Watcher(Protocol):
-    """Sees a model run, layer by layer, in order of execution; may replace what flows."""
+    """Sees a model run, layer by layer, in order of execution; may replace what flows.
+
+    It is told of layers and operations, by the names that `layers` and `operations` give them.
+    """
 
     def before(self, layer: str, inputs: list[np.ndarray]) -> list[np.ndarray] | None:
         """Called as the named layer is about to run; weights written here take effect. Arrays replace its inputs."""

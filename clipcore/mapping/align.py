@@ -37,11 +37,20 @@ class Arrangement(NamedTuple):
 
 
 def carried(array: Array, pattern: str, sizes: Mapping[str, int]) -> Array:
-    """The array rearranged by an einops pattern in which one axis may be made of segments, each with its own order.
+    """The array rearranged by einops patterns, one after the other ("; "); in them one axis may be made of segments,
+    each with its own order.
 
     >>> carried(np.arange(6), "(a b + c) -> (b a + c)", {"a": 2, "b": 2, "c": 2})
     array([0, 2, 1, 3, 4, 5])
     """
+    for step in pattern.split("; "):
+        array = _carried_once(
+            array, step, {name: size for name, size in sizes.items() if re.search(rf"\b{name}\b", step)}
+        )
+    return array
+
+
+def _carried_once(array: Array, pattern: str, sizes: Mapping[str, int]) -> Array:
     before, _, after = pattern.partition(" -> ")
     sides = [_SEGMENTED.search(side) for side in (before, after)]
     if sides[0] is None or sides[1] is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,11 @@ from clipcore.mapping.align import (
     resembling,
 )
 from clipcore.mapping.differences import explicit_padding
-from clipcore.mapping.kinds import KINDS
+from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Call, Side
-from clipcore.structure import in_order_of, leaves, rebuild
+from clipcore.mapping.plan import cut
+from clipcore.mapping.rows import fits, signature
+from clipcore.structure import in_order_of, leaves, map_leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,6 +56,38 @@ def as_close(error: float, closest: float, ours: Any, theirs: Any) -> bool:
     return error <= max(4 * eps, 8 * closest)
 
 
+class Ranks(NamedTuple):
+    """Order statistics of a value, which no rearrangement changes: where two differ, the values do, by as much.
+
+    Attributes:
+        size: the number of elements.
+        values: the smallest element, the largest and some between; none where they are few, or have no order.
+    """
+
+    size: int
+    values: Array
+
+    @classmethod
+    def of(cls, value: Array) -> Ranks:
+        """Those of an array."""
+        if value.dtype.kind not in "fV" or value.size < _RANKS:
+            return cls(value.size, np.empty(0))
+        wide = value.astype(np.float64).ravel()
+        places = np.linspace(0, wide.size - 1, _RANKS).astype(int)
+        ranks = np.partition(wide, places)[places]
+        return cls(value.size, ranks if np.isfinite(ranks).all() else np.empty(0))
+
+    def may_be(self, other: Ranks, allowed: float) -> bool:
+        """Whether the two values may be the same up to a relative error; of another size, one may be padded."""
+        if self.size != other.size or len(self.values) != len(other.values):
+            return True
+        largest = np.abs(self.values).max(initial=0.0)
+        return bool((np.abs(self.values - other.values) <= allowed * largest).all())
+
+
+_RANKS = 9
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The source's recorded calls, and the conventions of both models."""
@@ -62,6 +96,39 @@ class Comparison:
     theirs: Side
     calls: Sequence[Call]
     sample: Any = None
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[int]]:
+        """The source's calls by layer, in order of execution."""
+        calls: dict[str, list[int]] = {}
+        for index, call in enumerate(self.calls):
+            calls.setdefault(call.layer, []).append(index)
+        return calls
+
+    @cached_property
+    def fitting(self) -> dict[str, list[str]]:
+        """For each layer of the target, the source's called layers whose tensors it can hold, in order of execution."""
+        by_signature: dict[tuple[Any, ...], list[str]] = {}
+        for name in self.calls_of:
+            by_signature.setdefault(signature(self.ours.layers[name]), []).append(name)
+        return {
+            name: [n for n in by_signature.get(signature(layer), ()) if fits(self.ours.layers[n], layer)]
+            for name, layer in self.theirs.layers.items()
+        }
+
+    @cached_property
+    def _ranks(self) -> list[list[Ranks]]:
+        return [list(map(Ranks.of, call.inputs)) for call in self.calls]
+
+    def may_agree(self, index: int, theirs: Sequence[Ranks], allowed: float) -> bool:
+        """Whether the inputs of call `index` may be these, in any arrangement, as far as order statistics tell.
+
+        Args:
+            theirs: of the other inputs.
+            allowed: the relative error up to which they are the same.
+        """
+        ours = self._ranks[index]
+        return len(ours) == len(theirs) and all(a.may_be(b, allowed) for a, b in zip(ours, theirs, strict=True))
 
     def expected(self, pair: tuple[str, str], value: Array, theirs: Array, index: int) -> Arrangement | None:
         """How a layer of the target holds what a layer of the source holds where the values differ: by where both have
@@ -171,26 +238,43 @@ class Comparison:
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
         """What call `index` of the source gave as the target would have it, and how far the target's output is from it.
 
-        Where one of the two layers has an activation fused in, it is applied to the other's output first.
+        What the target's layer lacks and something else may make up for is applied to its output first: a bias, and an
+        activation that the source's layer has fused in; an activation of the target's alone is applied to the source's.
         """
         call = self.calls[index]
-        first = self.ours.layers[call.layer].settings.get("activation")
-        second = self.theirs.layers[layer].settings.get("activation")
-        axis = 1 if self.ours.layers[call.layer].settings.get("channels") == "first" else -1
-        ours = in_order_of(call.output, theirs)
-        pairs = list(zip((v for _, v in leaves(ours)), (v for _, v in leaves(theirs)), strict=False))
+        pair = self.ours.layers[call.layer], self.theirs.layers[layer]
+        first, second = map(_fused_activation, pair)
+        axis = 1 if pair[0].settings.get("channels") == "first" else -1
+        ours, seen = in_order_of(call.output, theirs), self._with_bias(*pair, theirs)
+        arrays = zip(*([value for _, value in leaves(tree)] for tree in (ours, theirs, seen)), strict=False)
         names = call.layer, layer
         converted: list[Any] = []
         worst = 0.0
-        for source, target in pairs:
+        for source, target, compared in arrays:
             if not isinstance(target, np.ndarray):  # a number beside the tensors flows on as it is
                 converted.append(target)
                 continue
-            value, error = _closest(source, target, first, second, axis, partial(self._output, names, index + 1))
+            source, compared = _same_steps(pair[1], source, compared)
+            value, error = _closest(source, compared, first, second, axis, partial(self._output, names, index + 1))
             worst = max(worst, error)
             usable = value is not None and value.shape == target.shape
             converted.append(value.astype(target.dtype) if usable else target)
         return rebuild(theirs, iter(converted)), worst
+
+    def lacks_bias(self, source: Layer, target: Layer) -> bool:
+        """Whether the target's layer lacks a bias that the source's adds to its result."""
+        kind = kind_of(target.kind)
+        adds = kind is not None and "kernel" in kind.roles and not kind.sequence
+        return adds and "bias" in source.tensors and "bias" not in target.tensors
+
+    def _with_bias(self, source: Layer, target: Layer, output: Any) -> Any:
+        """The target's output with the bias that its layer lacks."""
+        if not self.lacks_bias(source, target):
+            return output
+        tensor = source.tensors["bias"]
+        bias = cut(self.ours.backend.read(self.ours.model, [tensor.name])[tensor.name], tensor.within).ravel()
+        first = target.settings.get("channels") == "first"
+        return map_leaves(lambda value: value + (bias.reshape(-1, *[1] * (value.ndim - 2)) if first else bias), output)
 
     def _output(
         self, pair: tuple[str, str], index: int, ours: Array, theirs: Array
@@ -217,10 +301,24 @@ def _channels_of(layer: Layer, side: Side) -> str:
     """Where a layer has the channel axis of its data: as it is set; last, as linear layers have it; and where its model
     has it, if it acts on channels and places alike.
     """
-    kind = KINDS.get(layer.kind)
+    kind = kind_of(layer.kind)
     alike = [role for role, axis in (kind.features if kind else {}).items() if axis == "..." and role in layer.tensors]
     acts_on_both = any(len(layer.tensors[role].shape) > 1 for role in alike)
     return str(layer.settings.get("channels", side.channels if acts_on_both else "last"))
+
+
+def _fused_activation(layer: Layer) -> str | None:
+    """The activation that a layer applies to its result; a recurrent layer's is inside it."""
+    kind = kind_of(layer.kind)
+    return None if kind is None or kind.sequence else layer.settings.get("activation")
+
+
+def _same_steps(layer: Layer, ours: Any, theirs: Array) -> tuple[Any, Array]:
+    """The outputs of two layers of sequences, where one of them keeps the last step alone: that step of both."""
+    kind = kind_of(layer.kind)
+    if kind is None or not kind.sequence or ours.ndim == theirs.ndim:
+        return ours, theirs
+    return (ours[..., -1, :], theirs) if ours.ndim > theirs.ndim else (ours, theirs[..., -1, :])
 
 
 def _padded(value: Array, layer: Layer) -> Array:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from clipcore.backend import Layer
+from clipcore.backend import Bounds, Layer
 from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import SAME
 from clipcore.mapping.compare import Comparison, tolerance
 from clipcore.mapping.differences import differences_between
+from clipcore.mapping.flow import Flow
+from clipcore.mapping.given import Given, Rule, resolved
 from clipcore.mapping.lockstep import (
     Contradiction,
     LockStep,
     Match,
-    describe_layer,
     names_fit,
-    plain_name,
-    rows_between,
-    signature,
+    place_of,
 )
 from clipcore.mapping.models import Call, Side, as_arrays, none_taken, record, target_samples, written
-from clipcore.mapping.plan import Difference, Evidence, Plan, Row
+from clipcore.mapping.plan import Difference, Evidence, Part, Plan, Row, cut
+from clipcore.mapping.repairs import TOGETHER, Pair, Parts, repair_together, repaired
+from clipcore.mapping.rows import describe_layer, given_part, parts_between, rows_between, signature, values_for
+from clipcore.mapping.unseen import Dependence, Unseen, place_unseen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,8 +38,8 @@ _NOWHERE = "<nowhere>"
 _UNEXPLAINED = "an operation without weights before it (pooling, activation, padding, reshaping) is not the same"
 
 
-def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) -> Plan:
-    """Find where every tensor of the target comes from in the source. Both models stay bitwise what they are.
+def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None, rules: Iterable[Rule] = ()) -> Plan:
+    r"""Find where every tensor of the target comes from in the source. Both models stay bitwise what they are.
 
     The source runs once on the sample, the target in lock-step with it; parameters that would hide an error (zero
     biases, unit scales, fresh statistics) are random while that happens.
@@ -46,13 +49,17 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
         sample: one input as the source takes it: an array or tensor, a tuple or list of them (positional arguments) or
             a dict.
         target_sample: the same input as the target takes it; left out, it is worked out (NCHW to NHWC and the like).
+        rules: pairs (source, target) of names of layers or tensors that belong together, whatever is found; the
+            source's may be a regular expression, of which the target's takes groups: ("block(.*)", r"stage\1"). A third
+            text is the einops pattern that carries a tensor.
     Returns:
         The Plan: one row per tensor of the target, with evidence and reason.
     Raises:
         MappingError: the models share no layer, a layer has no counterpart, or several and nothing to tell them apart.
-        InvalidInput: no model, or a sample that a model does not take.
+        InvalidInput: no model, a sample that a model does not take, or a rule that matches nothing.
     """
     ours, theirs = Side(source, "source"), Side(target, "target")
+    given = resolved(rules, ours, theirs)
     _check_something_shared(ours, theirs)
     sample = as_arrays(sample)
     hiding = ours.hiding()
@@ -60,12 +67,34 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None) ->
         calls, outputs = record(ours, sample)
         weights = ours.copies(ours.tensors)
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
-        search = _Search(Comparison(ours, theirs, calls, sample), outputs, weights)
+        search = _Search(Comparison(ours, theirs, calls, sample), outputs, weights, given)
         try:
             step, settled = search.solve(forms)
         except InvalidInput as err:
             raise err if target_sample is not None else none_taken(forms, err) from err
-    return _assemble(ours, theirs, calls, step, settled)
+        found = _assemble(theirs, Flow(ours, sample, calls, outputs), step, settled, search.unseen, given)
+        return _confirmed(found, search, theirs)
+
+
+def _confirmed(found: Plan, search: _Search, theirs: Side) -> Plan:
+    """The plan, with what two layers make up for together proven by a run of the target with it."""
+    if not any(part.operation in TOGETHER for row in found.rows for part in row.parts):
+        return found
+    with theirs.restored():
+        theirs.backend.write(theirs.model, values_for(found.rows, theirs.tensors, search.weights))
+        if not search.agrees(theirs):
+            return found
+    touched = {part.target_layer for row in found.rows for part in row.parts if part.operation in TOGETHER}
+    rows = [
+        replace(row, parts=tuple(_proven(p) if p.target_layer in touched else p for p in row.parts))
+        for row in found.rows
+    ]
+    return replace(found, rows=tuple(rows))
+
+
+def _proven(part: Part) -> Part:
+    reason = "with what its layer and the next make up for together, both models gave the same outputs"
+    return replace(part, evidence="proven", reason=reason) if part.evidence in ("proven", "structure") else part
 
 
 def _check_something_shared(ours: Side, theirs: Side) -> None:
@@ -79,11 +108,20 @@ def _check_something_shared(ours: Side, theirs: Side) -> None:
         )
 
 
+def _contradicted(step: LockStep) -> int:
+    """In how many places the run says that a form of the sample is not the one: layers that saw something else, or
+    gave another output. Where as many channels as steps fit both, nothing else does.
+    """
+    return len(step.excused.union(name for name, match in step.matches.items() if not match.same_output))
+
+
 class _Search:
     """Runs of the target in lock-step until one agrees everywhere, ties tried in order, true differences excused."""
 
-    def __init__(self, comparison: Comparison, outputs: Any, weights: Mapping[str, Array]) -> None:
-        self._comparison, self._outputs, self._weights = comparison, outputs, weights
+    def __init__(self, comparison: Comparison, outputs: Any, weights: Mapping[str, Array], given: Given) -> None:
+        self._comparison, self._outputs, self.weights, self._given = comparison, outputs, weights, given
+        self._dependence = Dependence(comparison.ours, comparison.sample, outputs)
+        self.unseen: Mapping[str, Unseen] = {}
         self._sample: Any = None
         self._bounds: Sequence[float] = ()
         self._known = False  # whether a run without contradiction is known
@@ -96,20 +134,39 @@ class _Search:
         for form in forms:
             self._sample = form
             try:
-                self._comparison.theirs.run(form)
+                self._place_unseen(form)
                 found.append((self._with_excuses(), form))
             except (InvalidInput, MappingError) as err:
                 failures.append(err)
                 continue
-            if not found[-1][0].excused:
+            if not _contradicted(found[-1][0]):
                 break
         if not found:
             # a form that the target ran on says more than one that it refused
             raise next((err for err in failures if isinstance(err, MappingError)), failures[0])
-        step, self._sample = min(found, key=lambda pair: len(pair[0].excused))
+        step, self._sample = min(found, key=lambda pair: _contradicted(pair[0]))
+        if step is not found[-1][0]:
+            self._place_unseen(self._sample)
         self._known = True
         step = self._refined(step)
         return step, self._settle(step)
+
+    def _place_unseen(self, form: Any) -> None:
+        """Find the origins of what no call shows, and write it into the target."""
+        ours, theirs = self._comparison.ours, self._comparison.theirs
+        calls, _ = record(theirs, form)
+        seen = {call.layer for call in self._comparison.calls}, {call.layer for call in calls}
+        self.unseen = place_unseen(ours, theirs, seen, self._given, self._dependence)
+        for name, place in self.unseen.items():
+            rows = rows_between(ours.layers[place.source], theirs.layers[name], SAME, self._given.tensors)
+            theirs.backend.write(theirs.model, values_for(rows, theirs.tensors, self.weights, theirs.copies))
+        alone = [Row(tensor, (_alone(tensor, self._given, ours, theirs),)) for tensor in self._given.tensors]
+        theirs.backend.write(theirs.model, values_for(alone, theirs.tensors, self.weights))
+
+    def agrees(self, theirs: Side) -> bool:
+        """Whether the target as it stands gives the source's outputs."""
+        outputs = theirs.run(self._sample)
+        return self._comparison.model_outputs(self._outputs, outputs) <= tolerance(self._outputs, outputs)
 
     def _with_excuses(self) -> LockStep:
         """A run without contradiction, one place after the other excused as a true difference."""
@@ -139,7 +196,7 @@ class _Search:
 
     def _run(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
         self._runs += 1
-        step = LockStep(self._comparison, self._weights, choices, excused, self._bounds)
+        step = LockStep(self._comparison, self.weights, choices, excused, self._bounds, self._given)
         try:
             outputs = self._comparison.theirs.run(self._sample, step)
         except Exception:
@@ -223,47 +280,93 @@ def _next_choices(step: LockStep, before: int | None = None) -> tuple[int, ...] 
     return None
 
 
-def _assemble(ours: Side, theirs: Side, calls: Sequence[Call], step: LockStep, settled: Mapping[str, Evidence]) -> Plan:
-    pairs = {name: (match.source, match.arrangement, *_judge(match, settled)) for name, match in step.matches.items()}
-    pairs.update(_never_run(ours, theirs, step))
-    rows: list[Row] = []
+def _alone(tensor: str, given: Given, ours: Side, theirs: Side) -> Part:
+    """The part of a tensor that a rule names, with the layers that both are of."""
+    origin, pattern = given.tensors[tensor]
+    source = next(layer for layer in ours.layers.values() if origin in {t.name for t in layer.tensors.values()})
+    target, role = next((x, role) for x in theirs.layers.values() for role, t in x.tensors.items() if t.name == tensor)
+    return given_part(source.name, target, role, origin, pattern)
+
+
+def _assemble(
+    theirs: Side,
+    flow: Flow,
+    step: LockStep,
+    settled: Mapping[str, Evidence],
+    unseen: Mapping[str, Unseen],
+    given: Given,
+) -> Plan:
+    ours, calls = flow.side, flow.calls
+    pairs = {
+        name: (match.source, match.arrangement, *_judge(match, settled, given)) for name, match in step.matches.items()
+    }
+    agreed = not step.excused and all(match.same_output for match in step.matches.values())
+    pairs.update({name: (place.source, SAME, *place.judged(agreed)) for name, place in unseen.items()})
+    first_calls = {call.layer: call for call in reversed(calls)}
+    matched: dict[str, Pair] = {}
+    parts: list[tuple[str, Part]] = []
     differences: list[Difference] = []
     for name, layer in theirs.layers.items():
         if name not in pairs:
+            parts += [
+                (t.name, _alone(t.name, given, ours, theirs)) for t in layer.tensors.values() if t.name in given.tensors
+            ]
             continue
         source, arrangement, evidence, reason = pairs[name]
-        rows += rows_between(ours.layers[source], layer, arrangement, evidence, reason)
-        call = next((call for call in calls if call.layer == source), None)
+        made = parts_between(ours.layers[source], layer, arrangement, evidence, reason, given.tensors)
+        matched[name] = Pair(ours.layers[source], layer)
+        parts += [(target, part) for target, found in made.items() for part in found]
         padded = name in step.matches and step.matches[name].padded
         ignore = frozenset({"padding"} if padded else ())
-        differences += differences_between(ours.layers[source], layer, call, ignore)
+        between = differences_between(ours.layers[source], layer, first_calls.get(source), ignore)
+        differences += repaired(layer, between, [part for found in made.values() for part in found])
         if name in step.excused:
             differences.append(Difference(name, "input", "another", "another", _UNEXPLAINED))
-    kept = _once(rows, ours)
-    taken = {name for row in rows for name in row.sources}
+    placed = _placed(parts, ours)
+    differences = repair_together(matched, flow, placed, differences)
+    rows = _rows(placed, theirs)
+    taken = {(term.name, term.within) for row in rows for part in row.parts for term in part.terms}
     _check_all_placed(ours, calls, step, taken)
-    unused = tuple(name for name in ours.tensors if name not in taken)
-    return Plan(ours.backend.name, theirs.backend.name, kept, unused, tuple(differences))
+    names = {name for name, _ in taken}
+    unused = tuple(name for name in ours.tensors if name not in names)
+    return Plan(ours.backend.name, theirs.backend.name, rows, unused, tuple(differences))
 
 
-def _once(rows: Sequence[Row], ours: Side) -> tuple[Row, ...]:
-    """One row per tensor: a tied one stands under several layers, and must come from equal tensors."""
-    kept: dict[str, Row] = {}
-    for row in rows:
-        first = kept.setdefault(row.target, row)
-        if (first.sources, first.pattern) == (row.sources, row.pattern):
+def _placed(parts: Sequence[tuple[str, Part]], ours: Side) -> Parts:
+    """The parts by place; a tied tensor stands under several layers: these must come from equal ones."""
+    placed: Parts = {}
+    for target, part in parts:
+        first = placed.setdefault((target, part.into), part)
+        if (first.terms, first.pattern, first.operation) == (part.terms, part.pattern, part.operation):
             continue
-        weights = ours.backend.read(ours.model, [*first.sources, *row.sources])
-        values = first.carry(weights), row.carry(weights)
+        weights = ours.backend.read(ours.model, [term.name for term in (*first.terms, *part.terms)])
+        values = first.carry(weights, repr(target)), part.carry(weights, repr(target))
         if values[0] is None or values[1] is None or not np.array_equal(values[0], values[1]):
             raise MappingError(
-                f"the target ties {row.target!r}, which would come from both {first.sources} and {row.sources}, and "
+                f"the target ties {target!r}, which would come from both {first.formula} and {part.formula}, and "
                 f"these differ: untie it in the target, or tie them in the source"
             )
-    return tuple(kept.values())
+    return placed
 
 
-def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str]:
+def _rows(placed: Parts, theirs: Side) -> tuple[Row, ...]:
+    """One row per tensor, of all its parts; a tensor of which a part has no origin is refused."""
+    rows: dict[str, list[Part]] = {}
+    for (target, _), part in placed.items():
+        rows.setdefault(target, []).append(part)
+    for target, parts in rows.items():
+        covered = sum(math.prod(stop - start for start, stop in part.into) for part in parts if part.into)
+        if all(part.into for part in parts) and covered != math.prod(theirs.tensors[target].shape):
+            raise MappingError(
+                f"the target's tensor {target!r} of shape {theirs.tensors[target].shape} has an origin for "
+                f"{', '.join(part.role for part in parts)} alone; is the source of the same architecture?"
+            )
+    return tuple(Row(target, tuple(parts)) for target, parts in rows.items())
+
+
+def _judge(match: Match, settled: Mapping[str, Evidence], given: Given) -> tuple[Evidence, str]:
+    if match.target in given.layers:
+        return "given", "a rule of yours"
     if settled.get(match.target) == "structure":
         return "structure", f"the first of {match.options} that fits what follows; not all others were tried"
     if match.target in settled:
@@ -279,28 +382,7 @@ def _judge(match: Match, settled: Mapping[str, Evidence]) -> tuple[Evidence, str
     return "proven", reason
 
 
-def _never_run(ours: Side, theirs: Side, step: LockStep) -> dict[str, tuple[str, Any, Evidence, str]]:
-    """Layers of the target that the sample never reaches: a unique name match with a layer that it never reaches."""
-    taken = set(step.served)
-    placed = {tensor.name for name in step.matches for tensor in theirs.layers[name].tensors.values()}
-    pairs: dict[str, tuple[str, Any, Evidence, str]] = {}
-    for name, layer in theirs.layers.items():
-        if name in step.matches or all(tensor.name in placed for tensor in layer.tensors.values()):
-            continue
-        free = [n for n, other in ours.layers.items() if n not in taken and signature(other) == signature(layer)]
-        same = [n for n in free if plain_name(n) == plain_name(name)]
-        fitting = same if len(same) == 1 else [n for n in free if names_fit(n, name)]
-        if len(fitting) != 1:
-            raise MappingError(
-                f"the target's layer {name!r} ({describe_layer(layer)}) is not reached by the sample, and no name "
-                f"settles its origin (candidates: {', '.join(map(repr, free)) or 'none'}); give one that reaches it"
-            )
-        taken.add(fitting[0])
-        pairs[name] = fitting[0], SAME, "name", "the sample does not reach it; the only name that fits"
-    return pairs
-
-
-def _check_all_placed(ours: Side, calls: Sequence[Call], step: LockStep, taken: set[str]) -> None:
+def _check_all_placed(ours: Side, calls: Sequence[Call], step: LockStep, taken: set[tuple[str, Bounds]]) -> None:
     """Refuse a target that lacks a layer of the source, unless other layers hold all of that one's tensors."""
     called = dict.fromkeys(call.layer for call in calls if call.layer not in step.served)
     left = [name for name in called if not _held_elsewhere(ours.layers[name], step.weights, taken)]
@@ -312,9 +394,10 @@ def _check_all_placed(ours: Side, calls: Sequence[Call], step: LockStep, taken: 
         )
 
 
-def _held_elsewhere(layer: Layer, weights: Mapping[str, Array], taken: set[str]) -> bool:
+def _held_elsewhere(layer: Layer, weights: Mapping[str, Array], taken: set[tuple[str, Bounds]]) -> bool:
     """Whether every tensor of the layer is among those taken, or equal to one of them."""
     return all(
-        tensor.name in taken or any(np.array_equal(weights[tensor.name], weights[name]) for name in taken)
+        place_of(tensor) in taken
+        or any(np.array_equal(cut(weights[tensor.name], tensor.within), cut(weights[n], w)) for n, w in taken)
         for tensor in layer.tensors.values()
     )

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipcore.backend import Layer, Tensor
+from clipcore.backend import Bounds, Layer, Tensor
 from clipcore.errors import MappingError
 from clipcore.mapping.align import SAME, Agreement, Arrangement
-from clipcore.mapping.compare import Comparison, as_close, tolerance
-from clipcore.mapping.kinds import KINDS
-from clipcore.mapping.layouts import axis_sizes, canonical_shape, transformation
+from clipcore.mapping.compare import Comparison, Ranks, as_close, tolerance
+from clipcore.mapping.given import Given
+from clipcore.mapping.kinds import kind_of
+from clipcore.mapping.layouts import axis_sizes
 from clipcore.mapping.models import Side
-from clipcore.mapping.plan import Evidence, Row
+from clipcore.mapping.plan import cut
+from clipcore.mapping.rows import describe_layer, rows_between, signature, values_for
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-_FILL = {"bias": 0.0, "scale": 1.0}  # what a tensor holds where the source's layer has none: no effect
 
 
 class Contradiction(Exception):
@@ -39,27 +39,18 @@ class Contradiction(Exception):
         self.place = place
 
 
-def signature(layer: Layer) -> tuple[Any, ...]:
-    """What two layers must have in common to be matched: kind, and the canonical shapes of the tensors it must have.
-
-    Of a kind that may lack any of its tensors (layer norm), the number of elements of those that it has.
-    """
-    kind = KINDS.get(layer.kind)
-    needed = [role for role in layer.tensors if kind is None or role not in kind.optional]
-    if not needed:
-        return layer.kind, *{math.prod(tensor.shape) for tensor in layer.tensors.values()}
-    return layer.kind, *((role, canonical_shape(layer, role)) for role in sorted(needed))
-
-
 def plain_name(name: str) -> tuple[str, ...]:
     """A name's words and numbers, case and separators aside."""
     return tuple(re.findall(r"[a-z]+|\d+", name.lower()))
 
 
 def names_fit(source: str, target: str) -> bool:
-    """Whether one name holds every word and number of the other: "text" and "tower_text"."""
+    """Whether one name holds every word and number of the other ("text", "tower_text"), or both end alike ("a.key",
+    "attention/key").
+    """
     first, second = set(plain_name(source)), set(plain_name(target))
-    return bool(first and second) and (first <= second or second <= first)
+    ends = [plain_name(re.split(r"[./]", name)[-1]) for name in (source, target)]
+    return bool(first and second) and (first <= second or second <= first or ends[0] == ends[1])
 
 
 def resemblance(source: str, target: str) -> float:
@@ -67,36 +58,9 @@ def resemblance(source: str, target: str) -> float:
     return SequenceMatcher(None, " ".join(plain_name(source)), " ".join(plain_name(target))).ratio()
 
 
-def rows_between(source: Layer, target: Layer, arrangement: Arrangement, evidence: Evidence, reason: str) -> list[Row]:
-    """The rows that carry one layer's tensors into another's."""
-    layers = source.name, target.name
-    rows = []
-    for role, tensor in target.tensors.items():
-        if role in source.tensors:
-            moved = transformation(source, target, role, arrangement)
-            rows.append(Row(tensor.name, (source.tensors[role].name,), role, *layers, *moved, evidence, reason))
-        elif role in _FILL:
-            without = f"the source's layer has no {role}: {_FILL[role]:g} has no effect"
-            rows.append(Row(tensor.name, (), role, *layers, "", {}, evidence, without, _FILL[role]))
-    return rows
-
-
-def values_for(rows: Sequence[Row], tensors: Mapping[str, Tensor], sources: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays that rows write into the target's tensors, in their dtypes, rounded where those are narrower."""
-    values = {}
-    for row in rows:
-        tensor = tensors[row.target]
-        carried = row.carry(sources)
-        dtype = numpy_dtype(tensor.dtype)
-        values[row.target] = np.full(tensor.shape, row.fill, dtype) if carried is None else carried.astype(dtype)
-    return values
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of that name, those of ml_dtypes included."""
-    import ml_dtypes  # here, so that `import clipcore` does not pay for it
-
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
+def place_of(tensor: Tensor) -> tuple[str, Bounds]:
+    """Where a tensor lies: a stored tensor, or a part of one."""
+    return tensor.name, tensor.within
 
 
 @dataclass
@@ -130,6 +94,7 @@ class LockStep:
     Attributes:
         choices: for each tie in turn, which of its options to take; the first where none is given.
         excused: layers that may see another input than their origin, or give another output.
+        given: the origins that rules name.
         bounds: for each call of the target in turn, the largest error of its input that is no contradiction.
         served: layers of the source of which a call was met.
         errors: for each call of the target in turn, the error of its input; 0 where it was excused.
@@ -140,16 +105,19 @@ class LockStep:
     choices: Sequence[int] = ()
     excused: frozenset[str] = frozenset()
     bounds: Sequence[float] = ()
+    given: Given = field(default_factory=Given)
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
     errors: list[float] = field(default_factory=list)
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
-    _placed: set[str] = field(default_factory=set)
+    _placed: set[tuple[str, Bounds]] = field(default_factory=set)
     _open: list[tuple[Match, int] | None] = field(default_factory=list)
 
     def before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
+        if layer not in self.comparison.theirs.layers:
+            return None
         try:
             return self._before(layer, inputs)
         except Exception as err:
@@ -157,6 +125,8 @@ class LockStep:
             raise
 
     def after(self, layer: str, output: Any) -> Any | None:
+        if layer not in self.comparison.theirs.layers:
+            return None
         try:
             return self._after(layer, output)
         except Exception as err:
@@ -179,7 +149,7 @@ class LockStep:
             match, index = self._choose(layer, found)
             self._check_order(layer, found[match.source][0], index, inputs)
             error = match.input_error
-        elif layer in self.excused:
+        elif layer in self.excused or layer in self.given.layers:
             match, index = self._by_structure(layer, inputs)
         else:
             raise Contradiction(layer)
@@ -204,7 +174,8 @@ class LockStep:
         match, index = opened
         replaced, error = self.comparison.layer_outputs(index, layer, output)
         if error <= tolerance(self.comparison.calls[index].output, output):
-            return None
+            pair = self.comparison.ours.layers[match.source], self.comparison.theirs.layers[layer]
+            return replaced if self.comparison.lacks_bias(*pair) else None
         match.same_output = False
         if match.options > 1 and layer not in self.excused:
             raise Contradiction(layer)
@@ -219,35 +190,47 @@ class LockStep:
         """The source's layers that a call of the target's layer may be one of: those with a call that is not met yet;
         of a layer whose origin is known, that one and its equals.
         """
-        wanted = signature(self.comparison.theirs.layers[layer])
-        called = dict.fromkeys(call.layer for i, call in enumerate(self.comparison.calls) if i not in self._used)
-        names = [name for name in called if signature(self.comparison.ours.layers[name]) == wanted]
-        known = self.matches.get(layer)
+        if layer in self.given.layers:
+            return [self.given.layers[layer]]
+        reserved = set(self.given.layers.values())
+        names = [n for n in self.comparison.fitting[layer] if n not in reserved and self._has_calls_left(n)]
+        wanted, known = self.comparison.theirs.layers[layer], self.matches.get(layer)
         if known is None:
-            return names
+            alike = [n for n in names if axis_sizes(self.comparison.ours.layers[n]) == axis_sizes(wanted)]
+            return alike or names
         return [known.source, *(name for name in names if name != known.source and self._equal(name, known.source))]
+
+    def _has_calls_left(self, name: str) -> bool:
+        return not self._used.issuperset(self.comparison.calls_of[name])
 
     def _equal(self, first: str, second: str) -> bool:
         """Whether two layers of the source hold the same tensors."""
         ours, others = (self.comparison.ours.layers[name].tensors for name in (first, second))
         return ours.keys() == others.keys() and all(
-            np.array_equal(self.weights[ours[role].name], self.weights[others[role].name]) for role in ours
+            np.array_equal(self._weight(ours[role]), self._weight(others[role])) for role in ours
         )
+
+    def _weight(self, tensor: Tensor) -> Array:
+        return cut(self.weights[tensor.name], tensor.within)
 
     def _is_placed(self, layer: str) -> bool:
         """Whether layers that ran before hold all tensors of this one: where the target has a tied layer, the source
         may have an operation on the other layer's tensor.
         """
-        return all(tensor.name in self._placed for tensor in self.comparison.theirs.layers[layer].tensors.values())
+        return all(place_of(tensor) in self._placed for tensor in self.comparison.theirs.layers[layer].tensors.values())
 
     def _same_input(self, layer: str, names: Sequence[str], inputs: list[Array]) -> dict[str, tuple[Agreement, int]]:
         """For each candidate that saw this input, the call in which it did."""
         best: dict[str, tuple[Agreement, int]] = {}
         # calls that were met already come last: they count for a layer that is called more often in the target
         known = self.matches.get(layer)
-        for index in sorted(range(len(self.comparison.calls)), key=self._used.__contains__):
+        ranks = list(map(Ranks.of, inputs))
+        calls = sorted(index for name in names for index in self.comparison.calls_of.get(name, ()))
+        for index in sorted(calls, key=self._used.__contains__):
             call = self.comparison.calls[index]
-            if call.layer not in names or (index in self._used and known is None):
+            if index in self._used and known is None:
+                continue
+            if not self.comparison.may_agree(index, ranks, tolerance(call.inputs, inputs)):
                 continue
             agreement = self.comparison.inputs(index, layer, inputs)
             nearest = best[call.layer][0].error if call.layer in best else math.inf
@@ -280,7 +263,7 @@ class LockStep:
         return match, index
 
     def _check_order(self, layer: str, agreement: Agreement, index: int, inputs: list[Array]) -> None:
-        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
+        kind = kind_of(self.comparison.theirs.layers[layer].kind)
         if kind and kind.features and self.comparison.order_is_open(index, inputs, agreement):
             raise MappingError(
                 f"on this sample too many features that the target's layer {layer!r} takes are the same, or NaN: their "
@@ -292,7 +275,7 @@ class LockStep:
         or the next of them in order, any layer that saw that input as well.
         """
         known = self.matches.get(layer)
-        name = known.source if known else self._next_in_order(layer)
+        name = self.given.layers.get(layer) or (known.source if known else self._next_in_order(layer))
         index = self._next_call(name)
         if known:
             return known, index
@@ -332,7 +315,7 @@ class LockStep:
 
     def _expected_arrangement(self, layer: str, index: int, inputs: list[Array]) -> Arrangement:
         ours = self.comparison.calls[index].inputs
-        kind = KINDS.get(self.comparison.theirs.layers[layer].kind)
+        kind = kind_of(self.comparison.theirs.layers[layer].kind)
         if not ours or not inputs or ours[0].ndim != inputs[0].ndim:
             return SAME
         if ours[0].ndim < 3 and not (kind and kind.features):
@@ -349,17 +332,15 @@ class LockStep:
 
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match
-        self._placed |= {tensor.name for tensor in self.comparison.theirs.layers[layer].tensors.values()}
+        self._placed |= {place_of(tensor) for tensor in self.comparison.theirs.layers[layer].tensors.values()}
         rows = rows_between(
             self.comparison.ours.layers[match.source],
             self.comparison.theirs.layers[layer],
             match.arrangement,
-            "proven",
-            "",
+            self.given.tensors,
         )
-        self.comparison.theirs.backend.write(
-            self.comparison.theirs.model, values_for(rows, self.comparison.theirs.tensors, self.weights)
-        )
+        theirs = self.comparison.theirs
+        theirs.backend.write(theirs.model, values_for(rows, theirs.tensors, self.weights, theirs.copies))
 
 
 def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arrangement) -> list[Array] | None:
@@ -368,13 +349,6 @@ def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arra
         return None
     values = [arrangement.apply(a).astype(b.dtype) for a, b in zip(ours, theirs, strict=True)]
     return values if all(a.shape == b.shape for a, b in zip(values, theirs, strict=True)) else None
-
-
-def describe_layer(layer: Layer) -> str:
-    """A layer for a message: its kind, and the canonical shapes of its tensors."""
-    shapes = ", ".join(f"{role} {canonical_shape(layer, role)}" for role in layer.tensors)
-    sizes = axis_sizes(layer)
-    return f"{layer.kind}{f' {sizes}' if sizes else ''}: {shapes}"
 
 
 def _no_place(name: str, layer: Layer, candidates: Sequence[str], source: Side) -> str:

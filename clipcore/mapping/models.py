@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from clipcore.backend import Layer, TracingBackend
 from clipcore.errors import ClipcoreError, InvalidInput
 from clipcore.mapping.align import moved
+from clipcore.mapping.kinds import base_role, kernel_role
+from clipcore.mapping.plan import cut
 from clipcore.plugins import backend_of
 from clipcore.structure import leaves, map_leaves, rebuild
 
@@ -31,17 +33,22 @@ class Call:
 
 @dataclass
 class Recorder:
-    """A watcher that keeps every call, in order of execution."""
+    """A watcher that keeps every call of these layers, in order of execution."""
 
+    layers: Collection[str]
     calls: list[Call] = field(default_factory=list)
     _open: list[Call] = field(default_factory=list)
 
     def before(self, layer: str, inputs: list[Array]) -> None:
+        if layer not in self.layers:
+            return
         call = Call(layer, [np.array(value) for value in inputs])
         self.calls.append(call)
         self._open.append(call)
 
     def after(self, layer: str, output: Any) -> None:
+        if layer not in self.layers:
+            return
         self._open.pop().output = map_leaves(np.array, output)
 
 
@@ -55,7 +62,8 @@ class Side:
         if not self.layers:
             raise InvalidInput(f"the {which} ({type(model).__name__}) has no layer that owns tensors: nothing to map")
 
-        self.tensors = {t.name: t for layer in self.layers.values() for t in layer.tensors.values()}
+        parts = [t for layer in self.layers.values() for t in layer.tensors.values()]
+        self.tensors = {t.name: replace(t, shape=t.stored_shape, within=(), whole=()) for t in parts}
 
     @property
     def channels(self) -> str:
@@ -85,24 +93,29 @@ class Side:
             self.backend.write(self.model, before)
 
     def copies(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of the named tensors."""
-        return {name: np.array(array) for name, array in self.backend.read(self.model, list(names)).items()}
+        """The named tensors as they are now, whatever is written later."""
+        return self.backend.read(self.model, list(names), keep=True)
 
     def hiding(self) -> dict[str, Array]:
         """Random values for tensors that would hide an error: all elements equal, as fresh biases and scales are."""
         rng = np.random.default_rng(0)
         arrays = self.backend.read(self.model, list(self.tensors))
-        return {
-            name: _random(rng, self.tensors[name].role, array)
-            for name, array in arrays.items()
-            if array.size and self.tensors[name].dtype in _RANDOMISED and (array == array.ravel()[0]).all()
-        }
+        random: dict[str, Array] = {}
+        for tensor in (t for layer in self.layers.values() for t in layer.tensors.values()):
+            part = cut(random.get(tensor.name, arrays[tensor.name]), tensor.within)
+            if part.size and tensor.dtype in _RANDOMISED and (part == part.ravel()[0]).all():
+                whole = random.setdefault(tensor.name, np.array(arrays[tensor.name]))
+                cut(whole, tensor.within)[...] = _random(rng, base_role(tensor.role), part)
+        return random
 
 
 _RANDOMISED = ("float16", "bfloat16", "float32", "float64")
 
 
 def _random(rng: np.random.Generator, role: str, array: Array) -> Array:
+    if role == "slope":
+        # one for all channels, as it was: the other model may have a single one
+        return np.full(array.shape, rng.normal(0.0, 0.3), array.dtype)
     # scales and variances stay near 1, so that no layer's result is drowned by another's
     near_one = role in ("scale", "running_var")
     values = rng.uniform(0.5, 1.5, array.shape) if near_one else rng.normal(0.0, 0.3, array.shape)
@@ -130,7 +143,7 @@ def written(side: Side, values: Mapping[str, Array]) -> Iterator[None]:
 
 def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
     """The calls of a model's layers on a sample, and its outputs."""
-    recorder = Recorder()
+    recorder = Recorder(side.layers)
     outputs = side.run(sample, recorder)
     return recorder.calls, outputs
 
@@ -215,8 +228,8 @@ def _ways(array: Array, declared: tuple[int | None, ...] | None, source: Side, t
     usual = [as_it_is]
     if to_last_or_first and source.channels != target.channels:
         # an input with as many axes as a convolution's kernel is what it runs over: an image, and no sequence
-        kernels = [layer.tensors["kernel"].shape for layer in source.layers.values() if layer.kind == "conv"]
-        place = 0 if any(len(kernel) == array.ndim for kernel in kernels) else 1
+        convolutions = [layer for layer in source.layers.values() if layer.kind in ("conv", "conv_transpose")]
+        place = 0 if any(len(layer.tensors[kernel_role(layer)].shape) == array.ndim for layer in convolutions) else 1
         usual.insert(place, to_last_or_first[0 if target.channels == "last" else 1])
     if declared is None:
         return usual

@@ -1,0 +1,138 @@
+"""Layers that no watcher sees run: bare tensors of a model, and what the sample never reaches.
+
+They are placed before the target runs, by a rule, a name, a shape that no other has, or their order; and they are
+proven where the source's outputs depend on them and everything that is computed with them agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from clipcore.backend import Layer
+from clipcore.errors import MappingError
+from clipcore.mapping.align import relative_error
+from clipcore.mapping.given import Given
+from clipcore.mapping.lockstep import names_fit, place_of, plain_name
+from clipcore.mapping.models import Side
+from clipcore.mapping.plan import Evidence
+from clipcore.mapping.rows import describe_layer, fits
+from clipcore.structure import leaves
+
+_MOST_TRIALS = 64  # runs of the source to see what its outputs depend on
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """The origin of one such layer of the target.
+
+    Attributes:
+        source: the layer of the source.
+        evidence, reason: what places it.
+        matters: whether the source's outputs depend on it, so that agreement proves it.
+    """
+
+    source: str
+    evidence: Evidence
+    reason: str
+    matters: bool
+
+    def judged(self, agreed: bool) -> tuple[Evidence, str]:
+        """The evidence and reason once it is known whether everything that was computed agreed."""
+        if self.evidence != "given" and self.matters and agreed:
+            return "proven", "no call shows it; the outputs depend on it, and everything computed with it agrees"
+        return self.evidence, self.reason
+
+
+def place_unseen(
+    ours: Side, theirs: Side, seen: tuple[Collection[str], Collection[str]], given: Given, dependence: Dependence
+) -> dict[str, Unseen]:
+    """The origin of every layer of the target that its run does not call.
+
+    Args:
+        seen: the layers that the source's run calls, and those that the target's does.
+    Raises:
+        MappingError: nothing settles an origin.
+    """
+    free = [name for name in ours.layers if name not in seen[0] and name not in given.layers.values()]
+    waiting = {name: theirs.layers[name] for name in _waiting(theirs, seen[1])}
+    placed = {
+        name: Unseen(given.layers[name], "given", "a rule of yours", False) for name in waiting if name in given.layers
+    }
+    for name, layer in waiting.items():
+        if name in placed or all(tensor.name in given.tensors for tensor in layer.tensors.values()):
+            continue
+        candidates = [n for n in free if fits(ours.layers[n], layer)]
+        rivals = [
+            n
+            for n, other in waiting.items()
+            if n not in placed and any(fits(ours.layers[c], other) for c in candidates)
+        ]
+        origin, evidence, reason = _origin(name, layer, candidates, rivals, ours, dependence)
+        placed[name] = Unseen(origin, evidence, reason, dependence.on(origin))
+        free.remove(origin)
+    return placed
+
+
+def _waiting(theirs: Side, called: Collection[str]) -> Iterator[str]:
+    """The layers that the run does not call, and that hold a tensor which no called one holds."""
+    held = {place_of(tensor) for name in called for tensor in theirs.layers[name].tensors.values()}
+    for name, layer in theirs.layers.items():
+        if name not in called and not all(place_of(tensor) in held for tensor in layer.tensors.values()):
+            yield name
+
+
+def _origin(
+    name: str, layer: Layer, candidates: list[str], rivals: list[str], ours: Side, dependence: Dependence
+) -> tuple[str, Evidence, str]:
+    same = [n for n in candidates if plain_name(n) == plain_name(name)]
+    fitting = same if len(same) == 1 else [n for n in candidates if names_fit(n, name)]
+    if len(fitting) == 1:
+        return fitting[0], "name", "no call shows it; the only name that fits"
+    if candidates and len(candidates) == len(rivals) and all(map(dependence.on, candidates)):
+        alone = len(candidates) == 1
+        return (
+            candidates[0],
+            "structure",
+            f"no call shows it; {'the only one of its shape' if alone else 'by its order'}",
+        )
+    raise MappingError(
+        f"the target's layer {name!r} ({describe_layer(layer)}) is not reached by the sample, and no name "
+        f"settles its origin (candidates: {', '.join(map(repr, candidates)) or 'none'}); give one that reaches it, or "
+        f"rules=[(source, {name!r})]"
+    )
+
+
+class Dependence:
+    """Whether the source's outputs depend on a layer's tensors."""
+
+    def __init__(self, ours: Side, sample: Any, outputs: Any) -> None:
+        self._run: Callable[[], Any] = partial(ours.run, sample)
+        self._ours, self._outputs = ours, outputs
+        self._known: dict[str, bool] = {}
+
+    def on(self, layer: str) -> bool:
+        """False also where that is not found out, after too many trials."""
+        if layer not in self._known and len(self._known) < _MOST_TRIALS:
+            self._known[layer] = self._found(layer)
+        return self._known.get(layer, False)
+
+    def _found(self, layer: str) -> bool:
+        names = [tensor.name for tensor in self._ours.layers[layer].tensors.values()]
+        with self._ours.restored(names):
+            changed = {name: _changed(array) for name, array in self._ours.copies(names).items()}
+            self._ours.backend.write(self._ours.model, changed)
+            outputs = self._run()
+        pairs = zip(leaves(self._outputs), leaves(outputs), strict=True)
+        return any(relative_error(np.asarray(a), np.asarray(b)) > 0 for (_, a), (_, b) in pairs)
+
+
+def _changed(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if array.dtype.kind in "biu":
+        return array
+    values = np.random.default_rng(1).uniform(0.5, 1.5, array.shape) * (np.abs(array.astype(np.float64)) + 0.1)
+    return np.asarray(values, array.dtype)

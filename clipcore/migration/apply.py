@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,10 +16,13 @@ from clipcore.clipping.policies import ClipByNorm, Policy
 from clipcore.clipping.report import ClipReport
 from clipcore.errors import InvalidInput, InvalidPolicy, MappingError, MigrationError
 from clipcore.mapping.find import plan as find_plan
+from clipcore.mapping.given import Rule
 from clipcore.mapping.layouts import unit_axes
-from clipcore.mapping.lockstep import numpy_dtype
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Plan, Row
+from clipcore.mapping.rows import numpy_dtype
+from clipcore.memory import each, is_finite
+from clipcore.migration.dtypes import check_dtype, converted
 from clipcore.migration.limits import Delta, Limit
 from clipcore.structure import plain
 
@@ -31,11 +34,12 @@ class MigratedTensor:
     """What happened to one tensor of the target.
 
     Attributes:
-        target, source: its name, and its origin's ("" where it was filled).
+        target, source: its name, and those of its origins ("" where it was filled).
         norm: L2 norm of what was limited: of what moves into the tensor, or of that minus what it held; NaN without a
             limit, and for running statistics.
         scale: by how much the limit made that norm smaller, or larger: the norm after by that before; 1 where it was 0.
         clipped: whether the limit changed it.
+        rounding: how far a conversion of dtype moved an element, relative to the largest; 0 where it is exact.
     """
 
     target: str
@@ -43,6 +47,7 @@ class MigratedTensor:
     norm: float
     scale: float
     clipped: bool
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def migrate(
     sample: Any = None,
     limit: Limit | None = None,
     target_sample: Any = None,
+    rules: Iterable[Rule] = (),
+    dtype: str | None = None,
 ) -> MigrationResult:
     """Copy the source's weights and running statistics into the target: all of them, or none.
 
@@ -89,7 +96,10 @@ def migrate(
     Args:
         source, target: models of any installed backends.
         plan: where each tensor comes from; left out, it is found on `sample`.
-        sample, target_sample: see `plan`.
+        sample, target_sample, rules: see `plan`.
+        dtype: what to do where the target's dtype would round: None refuses, "target" rounds to what each tensor of the
+            target holds, and a floating dtype's name ("bfloat16") rounds everything floating to that first. Integers of
+            8 bits and 8-bit floats move as they are, or not at all.
         limit: bounds what moves into the target's trainable tensors, frozen or not, tensor by tensor of the target: a
             policy acts on the values in the target's dtype, `Delta(policy)` on their difference to what the target
             holds. What fills a tensor that the source lacks moves too. Running statistics are never limited.
@@ -103,29 +113,35 @@ def migrate(
     """
     if plan is None and sample is None:
         raise InvalidInput("migrate needs a plan or a sample: migrate(source, target, plan=…) or (…, sample=x)")
+    check_dtype(dtype)
     ours, theirs = Side(source, "source"), Side(target, "target")
     if plan is None:
         # what flows after a NaN is NaN, so that the search would fail for a reason that is none
         trained = [tensor.name for tensor in ours.tensors.values() if tensor.trainable]
         _check_finite(ours.backend.read(ours.model, trained), "the source's", "mend the source first")
-        plan = find_plan(source, target, sample, target_sample=target_sample)
+        plan = find_plan(source, target, sample, target_sample=target_sample, rules=rules)
     check_fits(plan, ours, theirs)
-    values, result = _prepared(plan, ours, theirs, limit)
+    values, result = _prepared(plan, ours, theirs, limit, dtype)
     _write_all_or_nothing(theirs, values)
     return result
 
 
-def _prepared(plan: Plan, ours: Side, theirs: Side, limit: Limit | None) -> tuple[dict[str, Array], MigrationResult]:
+def _prepared(
+    plan: Plan, ours: Side, theirs: Side, limit: Limit | None, dtype: str | None
+) -> tuple[dict[str, Array], MigrationResult]:
     """What is to be written, by the target's names, checked in every way, and what will have happened then."""
-    weights = ours.backend.read(ours.model, list(dict.fromkeys(name for row in plan.rows for name in row.sources)))
-    _check_finite(weights, "the source's", "mend the source first")
-    values = target_values(plan, theirs, weights)
+    weights = ours.backend.read(ours.model, list(ours.tensors))
+    taken = dict.fromkeys(name for row in plan.rows for name in row.sources)
+    _check_finite({name: weights[name] for name in taken}, "the source's", "mend the source first")
+    values, rounding = target_values(plan, theirs, weights, dtype)
     current = theirs.backend.read(theirs.model, list(values))
     limited, report, tensors = _limited(plan, values, current, theirs, limit)
     _check_finite(limited, "under the limit the target's", "choose another limit")
     values.update(limited)
-    _check_apart(ours, theirs, current, values)
-    return values, MigrationResult(replace(plan, limited=limited), report, tensors)
+    _check_apart(weights, current, values)
+    tensors = tuple(replace(tensor, rounding=rounding[tensor.target]) for tensor in tensors)
+    rounded = {name: values[name] for name, error in rounding.items() if error}
+    return values, MigrationResult(replace(plan, limited={**rounded, **limited}), report, tensors)
 
 
 def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
@@ -155,8 +171,9 @@ def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
 
 
 def _check_finite(arrays: Mapping[str, Array], whose: str, remedy: str) -> None:
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biu" and not np.isfinite(array).all():
+    finite = each(is_finite, arrays.values())
+    for (name, array), fine in zip(arrays.items(), finite, strict=True):
+        if not fine:
             faults = int(np.count_nonzero(~np.isfinite(array)))
             raise InvalidInput(
                 f"{whose} tensor {name!r} holds {faults} elements that are NaN or inf (of {array.size}); "
@@ -164,9 +181,8 @@ def _check_finite(arrays: Mapping[str, Array], whose: str, remedy: str) -> None:
             )
 
 
-def _check_apart(ours: Side, theirs: Side, current: Mapping[str, Array], values: Mapping[str, Array]) -> None:
+def _check_apart(sources: Mapping[str, Array], current: Mapping[str, Array], values: Mapping[str, Array]) -> None:
     """Refuse to change a tensor of the target that is the source's too (a shared layer, a view)."""
-    sources = current if ours.model is theirs.model else ours.backend.read(ours.model, list(ours.tensors))
     for target, source in _shared(current, sources):
         if values[target].tobytes() != current[target].tobytes():
             raise MigrationError(
@@ -246,7 +262,7 @@ def _entries(
     return tuple(
         MigratedTensor(
             row.target,
-            row.sources[0] if row.sources else "",
+            ", ".join(row.sources),
             float(norms.get(row.target, np.nan)),
             float(scales.get(row.target, 1.0)),
             row.target in limited,
@@ -255,33 +271,30 @@ def _entries(
     )
 
 
-def target_values(plan: Plan, theirs: Side, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """What the plan writes into the target, by name, in the target's shapes and dtypes.
+def target_values(
+    plan: Plan, theirs: Side, weights: Mapping[str, Array], dtype: str | None = None
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """What the plan writes into the target, by name, in the target's shapes and dtypes; and how far each was rounded.
 
     Raises:
         MigrationError: a shape does not fit, or a dtype would lose digits.
     """
-    return {row.target: _value(row, theirs.tensors[row.target], weights) for row in plan.rows}
+    values = {row.target: _value(row, theirs.tensors[row.target], weights, dtype) for row in plan.rows}
+    return {name: value for name, (value, _) in values.items()}, {name: error for name, (_, error) in values.items()}
 
 
-def _value(row: Row, tensor: Tensor, weights: Mapping[str, Array]) -> Array:
+def _value(row: Row, tensor: Tensor, weights: Mapping[str, Array], dtype: str | None) -> tuple[Array, float]:
     carried = row.carry(weights)
-    dtype = numpy_dtype(tensor.dtype)
     if carried is None:
-        return np.broadcast_to(np.asarray(row.fill, dtype), tensor.shape)
+        return np.broadcast_to(np.asarray(row.fill, numpy_dtype(tensor.dtype)), tensor.shape), 0.0
+    origin = ", ".join(map(repr, row.sources))
     if carried.shape != tensor.shape:
         raise MigrationError(
-            f"layer {row.target_layer!r}: {row.role} from {row.sources[0]!r} has shape {carried.shape} after "
+            f"layer {row.target_layer!r}: {row.role} from {origin} has shape {carried.shape} after "
             f"[{row.pattern}]; the target's {row.target!r} expects {tensor.shape}; nothing was written: make a plan "
             f"for these models"
         )
-    value = carried.astype(dtype, copy=False)
-    if carried.dtype != dtype and not np.array_equal(value.astype(carried.dtype), carried):
-        raise MigrationError(
-            f"{row.sources[0]!r} is {carried.dtype.name} and the target's {row.target!r} {dtype.name}, which would "
-            f"round it; nothing was written: convert the source or build the target in {carried.dtype.name}"
-        )
-    return value
+    return converted(carried, tensor.dtype, dtype, f"the target's {row.target!r} from {origin}")
 
 
 def _write_all_or_nothing(theirs: Side, values: Mapping[str, Array]) -> None:

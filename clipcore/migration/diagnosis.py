@@ -12,10 +12,10 @@ from clipcore.backend import Layer
 from clipcore.mapping.align import Agreement
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.differences import differences_between
-from clipcore.mapping.kinds import KINDS
-from clipcore.mapping.lockstep import values_for
+from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Call, Side
-from clipcore.mapping.plan import Difference, Plan, Row
+from clipcore.mapping.plan import Difference, Plan, Row, cut
+from clipcore.mapping.rows import values_for
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -72,7 +72,10 @@ def compare_layers(
     layers: list[LayerAgreement] = []
     differences: list[Difference] = []
     divergence = None
+    together = {part.target_layer for row in plan.rows for part in row.parts if part.operation == "scaled"}
     for call in target_calls:
+        if call.layer in together:
+            continue
         remaining = places.get(origin.get(call.layer, ""), [])
         if not remaining:
             continue
@@ -87,7 +90,7 @@ def compare_layers(
         error = comparison.layer_outputs(index, call.layer, call.output)[1]
         layers.append(LayerAgreement(origin[call.layer], call.layer, error))
         if divergence is None and (error > _TOLERANCE or call.layer in stale):
-            why = _why(inputs[index], pair[1], found, stale.pop(call.layer, None))
+            why = _why(inputs[index], pair[1], found, stale.pop(call.layer, None), plan.differences)
             divergence = Divergence(call.layer, origin[call.layer], error, *why)
     if divergence is None and stale:
         layer, row = next(iter(stale.items()))
@@ -102,8 +105,9 @@ def stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:
     expected: Mapping[str, Array] = {**values_for(plan.rows, theirs.tensors, weights), **plan.limited}
     stale: dict[str, Row] = {}
     for row in plan.rows:
-        if not np.array_equal(expected[row.target], held[row.target]):
-            stale.setdefault(row.target_layer, row)
+        for part in row.parts:
+            if not np.array_equal(cut(expected[row.target], part.into), cut(held[row.target], part.into)):
+                stale.setdefault(part.target_layer, row)
     return stale
 
 
@@ -114,7 +118,9 @@ def _not_carried(row: Row) -> str:
     )
 
 
-def _why(inputs: Agreement, layer: Layer, differences: Sequence[Difference], stale: Row | None) -> tuple[str, bool]:
+def _why(
+    inputs: Agreement, layer: Layer, differences: Sequence[Difference], stale: Row | None, known: Sequence[Difference]
+) -> tuple[str, bool]:
     """(reason, whether a tensor is not what the plan carries)."""
     if stale is not None:
         return _not_carried(stale), True
@@ -123,9 +129,10 @@ def _why(inputs: Agreement, layer: Layer, differences: Sequence[Difference], sta
             f"its input differs already (relative error {inputs.error:.1e}): an operation without weights before it "
             f"(pooling, activation, padding, reshaping) is not the same"
         ), False
-    kind = KINDS.get(layer.kind)
+    kind = kind_of(layer.kind)
     idle = kind.training_settings if kind else ()
-    found = [difference for difference in differences if difference.setting not in idle]
+    mended = {(d.layer, d.setting) for d in known if d.repaired}
+    found = [d for d in differences if d.setting not in idle and (d.layer, d.setting) not in mended]
     if found:
         return "; ".join(difference.values for difference in found), False
     return "inputs, weights and the known settings agree; the layer computes something else", False

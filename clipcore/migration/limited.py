@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from clipcore.backend import Tensor
-from clipcore.mapping.lockstep import values_for
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Plan, Row
+from clipcore.mapping.rows import values_for
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,13 +23,16 @@ def as_limited(plan: Plan, ours: Side, theirs: Side) -> tuple[dict[str, Array], 
     holds twice, its dtype would round the value), the target takes what would have moved without the limit.
     """
     weights = ours.backend.read(ours.model, [name for row in plan.rows for name in row.sources])
+    uses = Counter(name for sources in {row.sources for row in plan.rows} for name in sources)
     for_source: dict[str, Array] = {}
     for_target: dict[str, Array] = {}
     for sources in dict.fromkeys(row.sources for row in plan.rows if row.target in plan.limited):
         rows = [row for row in plan.rows if row.sources == sources]
-        held = _held(rows, theirs.tensors, weights, plan.limited) if sources else None
+        # a tensor that other rows take together with further ones has no value of its own
+        alone = sources and all(uses[name] == 1 for name in sources)
+        held = _held(rows, theirs.tensors, weights, plan.limited) if alone else None
         if held is not None:
-            for_source[sources[0]] = held
+            for_source.update(held)
         else:
             changed = [row for row in rows if row.target in plan.limited]
             for_target.update(values_for(changed, theirs.tensors, weights))
@@ -37,12 +41,17 @@ def as_limited(plan: Plan, ours: Side, theirs: Side) -> tuple[dict[str, Array], 
 
 def _held(
     rows: Sequence[Row], tensors: Mapping[str, Tensor], weights: Mapping[str, Array], limited: Mapping[str, Array]
-) -> Array | None:
-    """The source's one tensor from which all its rows carry what the target holds; None where there is none."""
+) -> dict[str, Array] | None:
+    """The source's tensors from which all these rows carry what the target holds; None where there are none."""
+    parts = [(row.target, part) for row in rows for part in row.parts]
+    if not all(part.reversible or not part.terms for _, part in parts):
+        return None
     plain = values_for(rows, tensors, weights)
     wanted = {target: limited.get(target, value) for target, value in plain.items()}
-    (name,) = rows[0].sources
+    held = {name: np.array(weights[name]) for row in rows for name in row.sources}
     with np.errstate(over="ignore"):
-        held = rows[0].carry_back(wanted[rows[0].target]).astype(weights[name].dtype)
-    carried = values_for(rows, tensors, {name: held})
+        for target, part in parts:
+            if part.terms:
+                part.put_back(wanted[target], held)
+    carried = values_for(rows, tensors, held)
     return held if all(np.array_equal(carried[target], value) for target, value in wanted.items()) else None

@@ -14,7 +14,6 @@ from clipcore.errors import InvalidInput, MappingError
 from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.find import plan as find_plan
-from clipcore.mapping.lockstep import values_for
 from clipcore.mapping.models import (
     Call,
     Side,
@@ -27,6 +26,7 @@ from clipcore.mapping.models import (
     written,
 )
 from clipcore.mapping.plan import Difference, Plan
+from clipcore.mapping.rows import values_for
 from clipcore.migration.apply import check_fits
 from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers, stale_rows
 from clipcore.migration.limited import as_limited
@@ -157,7 +157,7 @@ def _says_nothing(outputs: Any, proven_otherwise: bool) -> str:
 
 
 def _bears_out(plan: Plan, layers: Sequence[LayerAgreement], divergence: Divergence | None, allowed: float) -> bool:
-    proven = {row.target_layer for row in plan.rows if row.evidence == "proven"}
+    proven = {part.target_layer for row in plan.rows for part in row.parts if part.evidence == "proven"}
     # the noise floor is that of the outputs; a single layer can be noisier
     noisy = any(layer.rel_error > 10 * allowed for layer in layers if layer.target in proven)
     return not noisy and (divergence is None or not divergence.stale)
@@ -258,7 +258,8 @@ def _hidden_error(ours: Side, theirs: Side, plan: Plan, run: _Run) -> float:
     rows = [row for row in plan.rows if set(row.sources) & set(hiding)]
     with ExitStack() as stack:
         stack.enter_context(written(ours, hiding))
-        stack.enter_context(written(theirs, values_for(rows, theirs.tensors, hiding)))
+        weights = ours.copies(dict.fromkeys(name for row in rows for name in row.sources))
+        stack.enter_context(written(theirs, values_for(rows, theirs.tensors, weights)))
         outputs = ours.run(run.sample), theirs.run(run.target_sample)
     return Comparison(ours, theirs, run.calls[0]).model_outputs(*outputs)
 

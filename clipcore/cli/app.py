@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 import clipcore as cc
 from clipcore.cli import demo as demo_module
 from clipcore.cli import views
-from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_sample
+from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_rules, parse_sample
 from clipcore.cli.output import NOT_VERIFIED, Session, hushed, session
 
 app = typer.Typer(
@@ -37,6 +38,14 @@ Sample = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the random sample, where a shape is given.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="SOURCE=TARGET",
+        help="A layer or tensor of the source and where it belongs: names, or a pattern and its groups; repeatable.",
+    ),
+]
 PlanFile = Annotated[str | None, typer.Option("--plan", metavar="FILE", help="A plan that clipcore plan wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -85,6 +94,7 @@ def plan(
     sample: Sample = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
+    rules: Rules = None,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the plan here, as JSON.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -98,7 +108,7 @@ def plan(
         source_model = _load(running, source, source_weights)
         target_model = _load(running, target, target_weights)
         with running.step("finding the mapping"):
-            found = cc.plan(source_model, target_model, sample=x)
+            found = cc.plan(source_model, target_model, sample=x, rules=parse_rules(rules))
         if output:
             found.save(output)
         running.answer(found.to_dict(), *views.plan(found))
@@ -116,11 +126,19 @@ def migrate(
     ],
     sample: Sample = None,
     plan_file: PlanFile = None,
+    rules: Rules = None,
     limit: Annotated[
         str | None,
         typer.Option(
             metavar="LIMIT",
             help="Bound what moves: value:0.5, norm:1.0 or global_norm:1.0; with delta: in front, what it changes.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help='Round where the target\'s dtype is narrower: "target", or to bfloat16, float16 … first.',
         ),
     ] = None,
     verify: Annotated[
@@ -135,14 +153,17 @@ def migrate(
     """Copy the weights of SOURCE into TARGET, write them to a file, and verify."""
     with session(as_json=as_json, debug=debug) as running:
         check_output(output)
-        rule = parse_limit(limit) if limit else None
+        bound = parse_limit(limit) if limit else None
         x = parse_sample(_needed(sample), seed) if verify or not plan_file else None
-        given = {"plan": cc.Plan.load(plan_file)} if plan_file else {"sample": x}
+        if plan_file and rules:
+            raise cc.InvalidInput("--plan says where everything comes from: give --rule to clipcore plan instead")
+        found = {"sample": x, "rules": parse_rules(rules)}
+        given = {"plan": cc.Plan.load(plan_file)} if plan_file else found
         check_weight_file(output, target)
         source_model = _load(running, source, source_weights)
         target_model = _load(running, target, target_weights)
         with running.step("migrating"):
-            result = cc.migrate(source_model, target_model, limit=rule, **given)
+            result = cc.migrate(source_model, target_model, limit=bound, dtype=dtype, **given)
             _save(cc.get_backend(target.partition(":")[0]), target_model, output)
         check = None
         if verify:
@@ -180,6 +201,26 @@ def verify(
         running.answer(check.to_dict(), *views.differences(check), *views.verification(check))
         if not check.ok:
             raise typer.Exit(NOT_VERIFIED)
+
+
+@app.command(epilog="Example: clipcore diff torch:nets:build tensorflow:nets_keras:build --plan b.plan.json")
+def diff(
+    source: Source,
+    target: Target,
+    sample: Sample = None,
+    plan_file: PlanFile = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the settings in which layers of SOURCE and TARGET differ: eps, strides, padding, activations …"""
+    with session(as_json=as_json, debug=debug) as running:
+        x = parse_sample(sample, seed) if sample else None
+        known = cc.Plan.load(plan_file) if plan_file else None
+        source_model, target_model = _load(running, source, None), _load(running, target, None)
+        with running.step("comparing the layers"):
+            found = cc.diff(source_model, target_model, known, sample=x)
+        running.answer({"differences": [asdict(difference) for difference in found]}, *views.listed(found))
 
 
 def _load(running: Session, name: str, weights: str | None) -> Any:

@@ -147,3 +147,16 @@ def check_weight_file(path: str, name: str) -> None:
         raise cc.InvalidInput(
             f"output {path!r}: backend {backend.name!r} writes weights to files named {', '.join(backend.weight_files)}"
         )
+
+
+def parse_rules(texts: list[str] | None) -> list[tuple[str, str]]:
+    """The pairs of names that --rule gives.
+
+    Raises:
+        InvalidInput: one has no "=".
+    """
+    pairs = [text.partition("=") for text in texts or ()]
+    for source, separator, target in pairs:
+        if not (source and separator and target):
+            raise cc.InvalidInput(f"--rule {source + separator + target!r}; expected SOURCE=TARGET")
+    return [(source, target) for source, _, target in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -23,8 +23,8 @@ def plan(found: Any) -> Iterator[Table | Text]:
     """The rows of a plan, then what it leaves over."""
     shown = table(f"Plan: {found.source} to {found.target}", "target", "from", "pattern", "evidence")
     for row in found.rows:
-        origin = ", ".join(row.sources) or f"filled with {row.fill:g}"
-        shown.add_row(row.target, origin, Text(row.pattern), f"{row.evidence}: {row.reason}")
+        origin = ", ".join(dict.fromkeys(part.formula for part in row.parts))
+        shown.add_row(row.target, Text(origin), Text(row.pattern), f"{row.evidence}: {row.reason}")
     yield shown
     yield from differences(found)
     if found.unused:
@@ -67,6 +67,12 @@ def differences(found: Any) -> Iterator[Text]:
     """The settings in which matched layers differ, of a plan or a verification."""
     for difference in found.differences:
         yield Text(f"Difference: {difference}")
+
+
+def listed(found: Sequence[Any]) -> Iterator[Text]:
+    """What `cc.diff` gave."""
+    yield from (Text(f"Difference: {difference}") for difference in found)
+    yield Text(f"{len(found)} settings differ." if found else "No setting differs.")
 
 
 def _origin(source: str) -> str:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: what gradients, policies and layers can be, the odd ones included."""
+"""Hypothesis strategies: what gradients and policies can be, the odd ones included."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from clipcore.clipping.policies import (
     ClipByValue,
     Policy,
 )
-from clipcore.mapping.kinds import KINDS
-from clipcore.mapping.reference import ACTIVATIONS, Array
 from clipcore.structure import leaves
 
 REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPLEX_DTYPES = ("complex64", "complex128")
 DTYPES = REAL_DTYPES + COMPLEX_DTYPES
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _finfo: Any = ml_dtypes.finfo
 
@@ -383,121 +383,4 @@ ADAPTIVE: Mapping[type[Policy], Callable[[NonFiniteMode], st.SearchStrategy[Poli
         learning_rate=st.sampled_from([0.0, 0.2, 1.0]),
         nonfinite=st.just(mode),
     ),
-}
-
-
-@dataclass(frozen=True)
-class LayerConfiguration:
-    """One layer: canonical settings, canonical shapes of its tensors by role, and the shape of data for it.
-
-    `input_shape` has the channel axis first; `seed` is what weights and data are drawn from.
-    """
-
-    kind: str
-    settings: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    input_shape: tuple[int, ...]
-    seed: int = 0
-
-    def weights(self) -> dict[str, Array]:
-        """Random canonical tensors in float32, nothing left at 0 or 1; variances are positive."""
-        rng = np.random.default_rng(self.seed)
-        return {
-            role: rng.uniform(0.5, 2.0, shape).astype(np.float32)
-            if role == "running_var"
-            else rng.standard_normal(shape).astype(np.float32)
-            for role, shape in self.shapes.items()
-        }
-
-    def data(self) -> Array:
-        """Random input: float32, or the integers that an embedding takes."""
-        rng = np.random.default_rng([self.seed, 1])
-        if self.kind == "embedding":
-            return rng.integers(0, self.shapes["kernel"][0], self.input_shape)
-        return rng.standard_normal(self.input_shape).astype(np.float32)
-
-
-def layer_configurations(kind: str) -> st.SearchStrategy[LayerConfiguration]:
-    """Layers of a kind of `clipcore.mapping.kinds`, with every setting that it has."""
-    return _CONFIGURATIONS[kind]()
-
-
-_small = st.integers(1, 5)
-_seeds = st.integers(0, 2**32 - 1)
-
-
-def _activations() -> st.SearchStrategy[str | None]:
-    return st.none() | st.sampled_from(sorted(ACTIVATIONS))
-
-
-def _some(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, tuple[int, ...]]:
-    """The shapes, where each role that a layer may lack is there or not."""
-    return {role: s for role, s in shapes.items() if role not in KINDS[kind].optional or draw(st.booleans())}
-
-
-@st.composite
-def _linear(draw: st.DrawFn) -> LayerConfiguration:
-    ins, outs = draw(_small), draw(_small)
-    given = _some(draw, {"kernel": (outs, ins), "bias": (outs,)}, "linear")
-    return LayerConfiguration("linear", {"activation": draw(_activations())}, given, (3, ins), draw(_seeds))
-
-
-@st.composite
-def _conv(draw: st.DrawFn) -> LayerConfiguration:
-    axes, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    outs, ins = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    window = draw(st.tuples(*[st.integers(1, 3)] * axes))
-    stride = draw(st.just((1,) * axes) | st.just((2,) * axes) | st.tuples(*[st.integers(1, 3)] * axes))
-    dilation = draw(st.just((1,) * axes) | st.just((2,) * axes) | st.tuples(*[st.integers(1, 2)] * axes))
-    settings = {
-        "stride": stride,
-        "padding": draw(_paddings(window, stride, dilation)),
-        "padding_mode": "zeros",
-        "dilation": dilation,
-        "groups": groups,
-        "activation": draw(_activations()),
-    }
-    given = _some(draw, {"kernel": (groups, outs, ins, *window), "bias": (groups * outs,)}, "conv")
-    sizes = [(k - 1) * d + 1 + draw(st.integers(0, 5)) for k, d in zip(window, dilation, strict=True)]
-    return LayerConfiguration("conv", settings, given, (2, groups * ins, *sizes), draw(_seeds))
-
-
-def _paddings(window: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> st.SearchStrategy[Any]:
-    """None, what keeps the size, and pairs: equal ones and others."""
-    totals = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
-    keeping: Any = tuple((total // 2, total - total // 2) for total in totals) if max(stride) == 1 else "same"
-    pair = st.integers(0, 2).map(lambda n: (n, n)) | st.tuples(st.integers(0, 2), st.integers(0, 2))
-    return st.just(((0, 0),) * len(window)) | st.just(keeping) | st.tuples(*[pair] * len(window))
-
-
-@st.composite
-def _batch_norm(draw: st.DrawFn) -> LayerConfiguration:
-    channels = draw(_small)
-    roles = ("scale", "bias", "running_mean", "running_var")
-    given = _some(draw, dict.fromkeys(roles, (channels,)), "batch_norm")
-    settings = {"eps": draw(st.floats(1e-5, 0.5)), "momentum": draw(st.floats(0.01, 0.5))}
-    sizes = draw(st.tuples(_small, _small))
-    return LayerConfiguration("batch_norm", settings, given, (2, channels, *sizes), draw(_seeds))
-
-
-@st.composite
-def _layer_norm(draw: st.DrawFn) -> LayerConfiguration:
-    # with one number alone nothing is left but the bias
-    normalised = draw(st.tuples(st.integers(2, 6)) | st.tuples(st.integers(2, 4), st.integers(2, 4)))
-    settings = {"eps": draw(st.floats(1e-5, 0.5))}
-    given = _some(draw, dict.fromkeys(("scale", "bias"), normalised), "layer_norm") or {"scale": normalised}
-    return LayerConfiguration("layer_norm", settings, given, (2, 3, *normalised), draw(_seeds))
-
-
-@st.composite
-def _embedding(draw: st.DrawFn) -> LayerConfiguration:
-    return LayerConfiguration("embedding", {}, {"kernel": (draw(_small), draw(_small))}, (2, 3), draw(_seeds))
-
-
-_CONFIGURATIONS = {
-    "linear": _linear,
-    "conv": _conv,
-    "batch_norm": _batch_norm,
-    "layer_norm": _layer_norm,
-    "embedding": _embedding,
 }

@@ -99,26 +99,26 @@ def test_a_watcher_sees_every_call_in_order_and_values_that_later_writes_leave_a
     record = Record()
     output = backend.run(model, X, record)
     assert record.names() == [
-        ("before", ""),
         ("before", "first"),
         ("after", "first"),
         ("before", "first"),
         ("after", "first"),
         ("before", "norm"),
         ("after", "norm"),
+        ("before", "drop"),
+        ("after", "drop"),
         ("before", "last"),
         ("after", "last"),
-        ("after", ""),
     ]
     calls = {}
     for when, layer, value in record.calls:
         calls.setdefault((when, layer), []).append(value)
-    assert np.array_equal(calls["before", ""][0][0], X)
+    assert np.array_equal(calls["before", "first"][0][0], X)
     first = calls["after", "first"][0]
     assert np.allclose(first, X @ model.first.weight.detach().numpy().T + model.first.bias.detach().numpy())
     assert (first < 0).any()  # the ReLU that follows writes into the same memory
     assert np.array_equal(calls["before", "first"][1][0], np.maximum(first, 0))
-    assert np.array_equal(calls["after", ""][0], output)
+    assert np.array_equal(calls["after", "last"][0] * model.gain.detach().numpy(), output)
 
 
 @pytest.mark.parametrize("watcher", [None, Record])
@@ -206,7 +206,7 @@ def test_weights_and_statistics_that_a_watcher_writes_take_effect_and_stay(backe
 
     writer = Writer()
     backend.run(model, np.abs(X), writer)
-    assert np.array_equal(writer.calls[2][2], 2 * np.abs(X))
+    assert np.array_equal(writer.calls[1][2], 2 * np.abs(X))
     assert torch.equal(model.first.weight, torch.from_numpy(weight))
     assert torch.equal(model.norm.running_mean, torch.full((4,), 5.0))
     assert int(model.runs) == 9
@@ -222,13 +222,13 @@ def test_a_watcher_replaces_inputs_and_outputs(backend, model):
 
         def after(self, layer, output):
             super().after(layer, output)
-            return np.full((3, 2), 7.0) if layer == "" else None
+            return np.full((3, 2), 7.0) if layer == "last" else None
 
     replacer = Replacer()
     output = backend.run(model, X, replacer)
     last = next(value for when, layer, value in replacer.calls if (when, layer) == ("after", "last"))
     assert np.array_equal(last, np.tile(model.last.bias.detach().numpy(), (3, 1)))
-    assert np.array_equal(output, np.full((3, 2), 7.0))
+    assert np.array_equal(output, np.full((3, 2), 7.0, np.float32) * model.gain.detach().numpy())
     assert output.dtype == np.float32
 
 
@@ -262,13 +262,22 @@ def test_outputs_of_any_structure_become_arrays(backend):
     assert rest == [1, "a"]
 
 
+class Whole(nn.LSTM):
+    """Of a forward of its own, so that it is watched as a whole."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def test_a_watcher_replaces_nested_outputs(backend):
     class Zero(Record):
         def after(self, layer, output):
             y, (h, c) = output
             return np.zeros_like(y), (h, c)
 
-    answer, _, _ = backend.run(Nested(), np.ones((2, 5, 4)), Zero())
+    net = Nested()
+    net.lstm = Whole(4, 3, batch_first=True)
+    answer, _, _ = backend.run(net, np.ones((2, 5, 4)), Zero())
     assert not answer["logits"].any()
     assert answer["hidden"][0].any()
 
@@ -325,9 +334,9 @@ def test_layers_inside_a_compiled_model_are_seen(backend):
     compiled(x)
     record = Record()
     backend.run(compiled, X, record)
-    names = [layer.name for layer in backend.layers(compiled)]
-    assert [layer for when, layer in record.names() if when == "before"] == names
-    assert len(names) == 2
+    first, last = [layer.name for layer in backend.layers(compiled)]
+    (between,) = [layer.name for layer in backend.operations(compiled)]
+    assert [layer for when, layer in record.names() if when == "before"] == [first, between, last]
 
 
 def test_the_users_own_hooks_stay_and_run_first(backend):
@@ -349,3 +358,56 @@ def test_double_is_a_copy_in_float64(backend, model):
     assert_unchanged(before, model)
     model.lock = (i for i in ())  # a generator cannot be copied
     assert backend.double(model) is None
+
+
+def precisions():
+    """What torch says of the digits of float32: the older flags, and the newer ones where it has them."""
+    found = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+    newer = getattr(torch.backends.cudnn, "conv", None), getattr(torch.backends.mkldnn, "matmul", None)
+    return [*found, *(place.fp32_precision for place in newer if place is not None)]
+
+
+class Precise(nn.Module):
+    """Keeps what torch said while it ran."""
+
+    def forward(self, x):
+        self.seen = precisions()
+        if x.sum() < 0:
+            raise ValueError("negative")
+        return x
+
+
+@pytest.fixture
+def _hasty():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_model_runs_in_full_precision_and_the_flags_come_back(backend):
+    before, model = precisions(), Precise()
+    backend.run(model, np.ones(2, np.float32))
+    assert precisions() == before
+    assert before[:2] == ["medium", True]
+    assert model.seen == ["highest", False, "ieee", "ieee"][: len(before)]
+    with pytest.raises(cc.InvalidInput, match="negative"):
+        backend.run(model, -np.ones(2, np.float32))
+    assert precisions() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch 2.9 has a flag for each kind of operation")
+def test_flags_of_single_operations_come_back_where_older_ones_cannot_be_read(backend):
+    places = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    model, before, seen = nn.Identity(), [place.fp32_precision for place in places], []
+    model.register_forward_hook(lambda *_: seen.extend(place.fp32_precision for place in places))
+    try:
+        for place, value in zip(places, ("tf32", "ieee", "tf32"), strict=True):
+            place.fp32_precision = value
+        backend.run(model, np.ones(2, np.float32))
+        assert seen == ["ieee"] * 3
+        assert [place.fp32_precision for place in places] == ["tf32", "ieee", "tf32"]
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

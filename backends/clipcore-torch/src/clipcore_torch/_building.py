@@ -1,25 +1,23 @@
-"""Models from outside: one layer built from its canonical description, a factory's model with a weight file."""
+"""One layer built from its canonical description."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from clipcore.errors import InvalidInput, MappingError
+from clipcore.errors import MappingError
+from clipcore_torch._building_composites import BUILDERS as _COMPOSITES
+from clipcore_torch._building_composites import Builder, Settings, Shapes
+from clipcore_torch._building_reparametrised import with_kernel
+from clipcore_torch._operations import AVG_POOLS, MAX_POOLS
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-_PICKLED = (".pt", ".pth", ".bin")  # names of torch's own format
-WEIGHT_FILES = (*_PICKLED, ".safetensors")
 _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSES: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
-def build_layer(kind: str, settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def build_layer(kind: str, settings: Settings, shapes: Shapes) -> nn.Module:
     """A module that is one layer of `kind`; see `clipcore.backend.ModelBackend.build_layer`.
 
     Raises:
@@ -27,17 +25,18 @@ def build_layer(kind: str, settings: Mapping[str, Any], shapes: Shapes) -> nn.Mo
     """
     if kind not in _BUILDERS:
         raise MappingError(f"torch builds no layer of kind {kind!r}; expected one of {sorted(_BUILDERS)}")
-    if (activation := settings.get("activation")) is not None:
+    activation = settings.get("activation")
+    if activation is not None and kind not in _COMPOSITES:
         raise MappingError(f"{kind}: activation is {activation!r}; torch's layers have none, it is a module of its own")
-    return _BUILDERS[kind](settings, shapes)
+    return with_kernel(_BUILDERS[kind], settings, shapes)
 
 
-def _linear(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def _linear(settings: Settings, shapes: Shapes) -> nn.Module:
     outs, ins = shapes["kernel"]
     return nn.Linear(ins, outs, bias="bias" in shapes)
 
 
-def _conv(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def _conv(settings: Settings, shapes: Shapes) -> nn.Module:
     groups, outs, ins, *window = shapes["kernel"]
     build: Callable[..., nn.Module] = _CONVS[len(window)]
     return build(
@@ -53,7 +52,7 @@ def _conv(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
     )
 
 
-def _padding(settings: Mapping[str, Any], window: Sequence[int]) -> Any:
+def _padding(settings: Settings, window: Sequence[int]) -> Any:
     padding, stride, dilation = settings["padding"], settings["stride"], settings["dilation"]
     if padding != "same" and all(before == after for before, after in padding):
         return tuple(before for before, _ in padding)
@@ -67,122 +66,155 @@ def _padding(settings: Mapping[str, Any], window: Sequence[int]) -> Any:
     )
 
 
-def _batch_norm(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
-    _refuse_half_affine("batch_norm", shapes)
+def _conv_transpose(settings: Settings, shapes: Shapes) -> nn.Module:
+    groups, ins, outs, *window = shapes["kernel"]
+    build: Callable[..., nn.Module] = _TRANSPOSES[len(window)]
+    stride, dilation = tuple(settings["stride"]), tuple(settings["dilation"])
+    more = tuple(before - after for before, after in settings["crop"])
+    for (before, after), extra, s, d in zip(settings["crop"], more, stride, dilation, strict=True):
+        if before < 0 or not 0 <= extra < max(s, d):
+            raise MappingError(
+                f"conv_transpose: crop ({before}, {after}) with stride {s} and dilation {d}; torch's layer cuts 0 or "
+                f"more before, and after it as much or up to {max(s, d) - 1} less: pad or crop outside of the layer"
+            )
+    return build(
+        groups * ins,
+        groups * outs,
+        tuple(window),
+        stride=stride,
+        padding=tuple(before for before, _ in settings["crop"]),
+        output_padding=more,
+        groups=groups,
+        bias="bias" in shapes,
+        dilation=dilation,
+    )
+
+
+def _batch_norm(settings: Settings, shapes: Shapes) -> nn.Module:
     (channels,) = shapes["running_mean"]
     # SyncBatchNorm is the one class that takes data of any rank; in a single process it is the plain layer
-    return nn.SyncBatchNorm(channels, settings["eps"], settings.get("momentum", 0.1), affine="scale" in shapes)
+    norm = nn.SyncBatchNorm(channels, settings["eps"], settings.get("momentum", 0.1), affine="scale" in shapes)
+    return _with_bias_as("batch_norm", norm, shapes)
 
 
-def _layer_norm(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def _group_norm(settings: Settings, shapes: Shapes) -> nn.Module:
+    groups = settings["groups"]
+    # without a scale torch's layer never looks at the number of channels
+    (channels,) = shapes.get("scale", (groups,))
+    return _with_bias_as(
+        "group_norm", nn.GroupNorm(groups, channels, settings["eps"], affine="scale" in shapes), shapes
+    )
+
+
+def _with_bias_as(kind: str, norm: nn.Module, shapes: Shapes) -> nn.Module:
+    """The layer without its bias where none was asked for: an argument `bias` is newer than torch 2.4."""
+    _refuse_bias_alone(kind, shapes)
+    if "bias" not in shapes:
+        norm.register_parameter("bias", None)
+    return norm
+
+
+def _layer_norm(settings: Settings, shapes: Shapes) -> nn.Module:
+    _refuse_bias_alone("layer_norm", shapes)
     if "scale" not in shapes:
-        raise MappingError("layer_norm: torch's layer has no bias without a scale: set the scale to ones")
+        raise MappingError("layer_norm: without scale and bias no shape says over which axes it runs: give it a scale")
     return nn.LayerNorm(shapes["scale"], settings["eps"], bias="bias" in shapes)
 
 
-def _embedding(settings: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def _refuse_bias_alone(kind: str, shapes: Shapes) -> None:
+    if "bias" in shapes and "scale" not in shapes:
+        raise MappingError(f"{kind}: torch's layer has no bias without a scale: set the scale to ones")
+
+
+def _rms_norm(settings: Settings, shapes: Shapes) -> nn.Module:
+    return nn.RMSNorm(shapes["scale"], settings["eps"])
+
+
+def _embedding(settings: Settings, shapes: Shapes) -> nn.Module:
     num, dim = shapes["kernel"]
     return nn.Embedding(num, dim)
 
 
-def _refuse_half_affine(kind: str, shapes: Shapes) -> None:
-    if ("scale" in shapes) != ("bias" in shapes):
-        raise MappingError(f"{kind}: torch's layer has scale and bias both or neither; got {sorted(shapes)}")
+def _prelu(settings: Settings, shapes: Shapes) -> nn.Module:
+    (channels,) = shapes["slope"]
+    return nn.PReLU(channels)
 
 
-_BUILDERS: dict[str, Callable[[Mapping[str, Any], Shapes], nn.Module]] = {
-    "linear": _linear,
-    "conv": _conv,
-    "batch_norm": _batch_norm,
-    "layer_norm": _layer_norm,
-    "embedding": _embedding,
+_ACTIVATIONS: dict[str, Callable[[Settings], nn.Module]] = {
+    "relu": lambda s: nn.ReLU(),
+    "relu6": lambda s: nn.ReLU6(),
+    "leaky_relu": lambda s: nn.LeakyReLU(s["slope"]),
+    "elu": lambda s: nn.ELU(s.get("alpha", 1.0)),
+    "selu": lambda s: nn.SELU(),
+    "celu": lambda s: nn.CELU(s.get("alpha", 1.0)),
+    "gelu": lambda s: nn.GELU(),
+    "gelu_tanh": lambda s: nn.GELU("tanh"),
+    "silu": lambda s: nn.SiLU(),
+    "mish": lambda s: nn.Mish(),
+    "sigmoid": lambda s: nn.Sigmoid(),
+    "hard_sigmoid": lambda s: nn.Hardsigmoid(),
+    "hard_silu": lambda s: nn.Hardswish(),
+    "tanh": lambda s: nn.Tanh(),
+    "hard_tanh": lambda s: nn.Hardtanh(s["low"], s["high"]),
+    "softplus": lambda s: nn.Softplus(),
+    "softsign": lambda s: nn.Softsign(),
+    "softmax": lambda s: nn.Softmax(s["axis"]),
+    "log_softmax": lambda s: nn.LogSoftmax(s["axis"]),
+    "threshold": lambda s: nn.Threshold(s["threshold"], s.get("low", 0.0)),
 }
 
 
-def load_model(factory: Any, weights: str | None) -> nn.Module:
-    """The model that `factory` makes (or is), with the weights of a .pt, .pth, .bin or .safetensors file.
-
-    Raises:
-        InvalidInput: the factory makes no model, the file cannot be read, or its tensors are not the model's.
-    """
-    model = factory if isinstance(factory, nn.Module) else _made(factory)
-    if weights is not None:
-        state = _read(Path(weights))
-        try:
-            _load_state(model, state)
-        except RuntimeError as err:
-            raise InvalidInput(f"weights {weights!r} are not those of {type(model).__name__}: {err}") from err
-    return model
+def _activation(settings: Settings, shapes: Shapes) -> nn.Module:
+    function = settings["function"]
+    if function not in _ACTIVATIONS:
+        raise MappingError(f"activation: torch has no module for {function!r}; expected one of {sorted(_ACTIVATIONS)}")
+    if function == "relu" and len(settings) > 1:
+        raise MappingError(f"activation: relu with {dict(settings)}; torch's module has no numbers")
+    return _ACTIVATIONS[function](settings)
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load a state dict, where of tied tensors one name is enough (safetensors keeps one)."""
-    own = model.state_dict(keep_vars=True)
-    given = {id(tensor): state[name] for name, tensor in own.items() if name in state}
-    model.load_state_dict({**{name: given[id(t)] for name, t in own.items() if id(t) in given}, **state})
+def _avg_pool(settings: Settings, shapes: Shapes) -> nn.Module:
+    window, stride, padding = _windows("avg_pool", settings)
+    build: Callable[..., nn.Module] = AVG_POOLS[len(window)]
+    return build(window, stride, padding, settings["ceil"], settings["count_include_pad"])
 
 
-def save_weights(model: nn.Module, path: str) -> None:
-    """Write the model's state dict as .pt, .pth, .bin or .safetensors, as the name says.
-
-    Raises:
-        InvalidInput: the name has another ending, or safetensors is not installed.
-    """
-    suffix = Path(path).suffix
-    if suffix == ".safetensors":
-        _safetensors().save_model(model, path)
-    elif suffix in _PICKLED:
-        torch.save(model.state_dict(), path)
-    else:
-        raise InvalidInput(f"output {path!r}: expected a file named {', '.join(WEIGHT_FILES)}")
+def _max_pool(settings: Settings, shapes: Shapes) -> nn.Module:
+    window, stride, padding = _windows("max_pool", settings)
+    build: Callable[..., nn.Module] = MAX_POOLS[len(window)]
+    return build(window, stride, padding, tuple(settings["dilation"]), ceil_mode=settings["ceil"])
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as err:
-        raise InvalidInput("a .safetensors file needs safetensors: pip install safetensors") from err
-    return safetensors.torch
+def _windows(kind: str, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(window, stride, padding) of pooling."""
+    window, padding = tuple(settings["window"]), settings["padding"]
+    if padding == "same" or any(
+        before != after or before > size // 2 for (before, after), size in zip(padding, window, strict=True)
+    ):
+        raise MappingError(
+            f"{kind}: padding {padding!r} of a window {window}; torch's layer pads both sides alike, by half of it "
+            f"at most: put an nn.ZeroPad before the layer"
+        )
+    return window, tuple(settings["stride"]), tuple(before for before, _ in padding)
 
 
-def _made(factory: Any) -> nn.Module:
-    name = getattr(factory, "__qualname__", repr(factory))
-    try:
-        model = factory()
-    except Exception as err:
-        raise InvalidInput(f"factory {name} must build a model when called without arguments: {err}") from err
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"factory {name} made a {type(model).__name__}; expected a torch.nn.Module")
-    return model
+def _dropout(settings: Settings, shapes: Shapes) -> nn.Module:
+    return nn.Dropout(settings["rate"])
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """The state dict in a file; code in it is never run."""
-    if not path.is_file():
-        raise InvalidInput(f"weights {str(path)!r}: there is no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix not in _PICKLED:
-        raise InvalidInput(f"weights {str(path)!r}: expected a file named {', '.join(WEIGHT_FILES)}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
-        raise InvalidInput(
-            f"weights {str(path)!r} cannot be read as tensors alone: {err}; save model.state_dict() with torch.save"
-        ) from err
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise InvalidInput(f"weights {str(path)!r} hold a {type(state).__name__}; expected a state dict")
-    return state
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    safetensors = _safetensors()
-    from safetensors import SafetensorError
-
-    try:
-        state: Mapping[str, Any] = safetensors.load_file(path)
-        return state
-    except SafetensorError as err:
-        raise InvalidInput(f"weights {str(path)!r} are no safetensors file: {err}") from err
+_BUILDERS: dict[str, Builder] = {
+    "linear": _linear,
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "rms_norm": _rms_norm,
+    "embedding": _embedding,
+    "prelu": _prelu,
+    "activation": _activation,
+    "avg_pool": _avg_pool,
+    "max_pool": _max_pool,
+    "dropout": _dropout,
+    **_COMPOSITES,
+}

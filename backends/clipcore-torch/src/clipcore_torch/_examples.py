@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from clipcore.errors import InvalidInput
 from clipcore_torch import _tensors
-from clipcore_torch._layers import first_floating
+from clipcore_torch._listing import first_floating
 
 
 def per_example_grads(model: Any, loss_fn: Any, batch: tuple[Any, Any]) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from clipcore.backend import Watcher
 from clipcore.errors import ClipcoreError, InvalidInput
 from clipcore.structure import leaves, map_leaves, rebuild
-from clipcore_torch._layers import first_floating, owners
+from clipcore_torch._listing import Entry, entries, first_floating
+from clipcore_torch._precision import full_precision
+from clipcore_torch._reparametrised import recompute
 from clipcore_torch._tensors import as_tensor, to_array
 
 
@@ -29,12 +31,14 @@ def run(model: nn.Module, sample: Any, watcher: Watcher | None = None) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
+        stack.enter_context(_module_by_module())
         stack.enter_context(_random_state(model))
+        stack.enter_context(full_precision())
         stack.enter_context(_inference_mode(model))
         buffers = stack.enter_context(_buffers(model))
         watched = _Watched(watcher, buffers) if watcher is not None else None
         if watched is not None:
-            stack.enter_context(watched.hooks(model))
+            stack.enter_context(watched.watching(model))
         try:
             return to_arrays(model(*args, **kwargs))
         except Exception as err:
@@ -49,9 +53,17 @@ def run(model: nn.Module, sample: Any, watcher: Watcher | None = None) -> Any:
 def double(model: nn.Module) -> nn.Module | None:
     """A float64 copy of the model; None where it cannot be copied."""
     try:
-        return copy.deepcopy(model).double()
+        return copy.deepcopy(model, _computed(model)).double()
     except Exception:  # a model may hold anything: locks, files, non-leaf tensors
         return None
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Copies of the tensors that modules keep as they computed them, as a weight norm of the old form does: torch's own
+    copying refuses those that have a graph.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def to_arrays(tree: Any) -> Any:
@@ -94,6 +106,17 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _module_by_module() -> Iterator[None]:
+    """Without torch's fast path of a transformer, in which no module of it is called and padded places become 0."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _random_state(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -165,6 +188,19 @@ def _buffers(model: nn.Module) -> Iterator[_Buffers]:
         buffers.restore()
 
 
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one module, whose hooks stay."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
 class _Watched:
     """A watcher behind the hooks of modules: tensors become arrays for it, and its arrays tensors."""
 
@@ -174,17 +210,37 @@ class _Watched:
         self.error: Exception | None = None
 
     @contextlib.contextmanager
-    def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on every module that `layers` lists."""
-        handles: list[torch.utils.hooks.RemovableHandle] = []
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Every module whose call is a layer's tells of it, and one that is several layers runs layer by layer."""
+        with contextlib.ExitStack() as stack:
+            for entry in list(entries(model)):
+                if entry.composite is not None:
+                    stack.enter_context(_forward(entry.module, entry.composite.apart(entry.name, entry.module, self)))
+                elif entry.watched:
+                    stack.enter_context(self._hooks(entry))
+            yield
+
+    @contextlib.contextmanager
+    def _hooks(self, entry: Entry) -> Iterator[None]:
+        handles = (
+            entry.module.register_forward_pre_hook(self._before(entry.name), with_kwargs=True),
+            entry.module.register_forward_hook(self._after(entry.name), with_kwargs=True),
+        )
         try:
-            for name, module in owners(model):
-                handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def before(self, layer: str, inputs: list[Tensor]) -> list[Tensor]:
+        answer = self._ask(self._watcher.before, layer, to_arrays(inputs))
+        if answer is None:
+            return inputs
+        return [_tensor_like(array, old) for array, old in zip(answer, inputs, strict=True)]
+
+    def after(self, layer: str, output: Tensor) -> Tensor:
+        answer = self._ask(self._watcher.after, layer, to_arrays(output))
+        return output if answer is None else _tensor_like(answer, output)
 
     def _ask(self, question: Callable[..., Any], *facts: Any) -> Any:
         try:
@@ -197,10 +253,11 @@ class _Watched:
     def _before(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             inputs = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            answer = self._ask(self._watcher.before, name, to_arrays(inputs))
-            if answer is None:
+            told = self.before(name, inputs)
+            recompute(module, args)
+            if told is inputs:
                 return None
-            new = (_tensor_like(array, old) for array, old in zip(answer, inputs, strict=True))
+            new = iter(told)
             return map_leaves(lambda leaf: next(new) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
         return hook

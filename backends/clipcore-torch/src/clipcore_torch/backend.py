@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from clipcore.backend import Layer, Memory, Watcher
 from clipcore.clipping.policies import Policy
 from clipcore.errors import InvalidInput
+from clipcore.memory import copies, lent
 from clipcore.training import Attachment, OnReport
-from clipcore_torch import _building, _examples, _layers, _tensors, _tracing, _training
+from clipcore_torch import _building, _examples, _files, _listing, _tensors, _tracing, _training
 from clipcore_torch._primitives import TorchPrimitives
 from clipcore_torch._tensors import Array
 from clipcore_torch._together import assign_
@@ -24,7 +25,7 @@ class TorchBackend:
 
     name = "torch"
     channels: Literal["first", "last"] = "first"
-    weight_files = _building.WEIGHT_FILES
+    weight_files = _files.WEIGHT_FILES
 
     def is_tensor(self, obj: Any) -> bool:
         return isinstance(obj, Tensor)
@@ -80,20 +81,23 @@ class TorchBackend:
         return isinstance(obj, nn.Module)
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        return _layers.parameters(model)
+        return _listing.parameters(model)
 
     def load_model(self, factory: Any, weights: str | None) -> nn.Module:
-        return _building.load_model(factory, weights)
+        return _files.load_model(factory, weights)
 
     def save_weights(self, model: nn.Module, path: str) -> None:
-        _building.save_weights(model, path)
+        _files.save_weights(model, path)
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        return _layers.layers(model)
+        return _listing.layers(model)
 
-    def read(self, model: nn.Module, names: Sequence[str]) -> dict[str, Array]:
-        found = _named(model, names)
-        return {name: _tensors.to_array(tensor) for name, tensor in found.items()}
+    def operations(self, model: nn.Module) -> list[Layer]:
+        return _listing.operations(model)
+
+    def read(self, model: nn.Module, names: Sequence[str], *, keep: bool = False) -> dict[str, Array]:
+        arrays = {name: _tensors.to_array(tensor) for name, tensor in _named(model, names).items()}
+        return dict(zip(arrays, copies(list(arrays.values())), strict=True)) if keep else arrays
 
     def write(self, model: nn.Module, values: Mapping[str, Array]) -> None:
         found = _named(model, values)
@@ -102,7 +106,7 @@ class TorchBackend:
             _check_fits(name, arrays[name], tensor)
         with torch.no_grad():
             for name, tensor in found.items():
-                tensor.copy_(_tensors.as_tensor(arrays[name]))
+                tensor.copy_(_tensors.as_tensor(lent(arrays[name])))
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
         return _building.build_layer(kind, settings, shapes)
@@ -147,7 +151,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    tensors = _layers.tensors(model)
+    tensors = _listing.tensors(model)
     for name in names:
         if name not in tensors:
             raise InvalidInput(

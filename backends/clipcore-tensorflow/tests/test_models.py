@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import layers as L
 
 import clipcore as cc
+from clipcore_tensorflow._tensors import to_own_tensor
 
 
 def small() -> keras.Model:
@@ -72,6 +73,27 @@ def test_an_array_that_was_written_is_the_callers_again(backend: Any, model: Any
     backend.write(model, {"a/kernel": values})
     values[...] = 2
     assert float(model.layers[0].kernel[0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("writeable", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 1, 3), (0, 2, 1, 3), (1, 0, 3, 2)])
+@pytest.mark.parametrize("dtype", ["bool", "uint16", "float32", "complex64", "bfloat16", "float8_e4m3fn"])
+def test_a_tensor_of_its_own_is_the_array_rearranged_and_a_copy(
+    dtype: str, axes: tuple[int, ...], aligned: bool, writeable: bool
+) -> None:
+    numpy_dtype = np.dtype(tf.as_dtype(dtype).as_numpy_dtype)
+    memory = np.zeros(64 + 48 * numpy_dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64 + (0 if aligned else numpy_dtype.itemsize)
+    stored = memory[start : start + 48 * numpy_dtype.itemsize].view(numpy_dtype)
+    stored[...] = np.arange(48)
+    array = stored.reshape(3, 1, 4, 4).transpose(axes)
+    array.flags.writeable = writeable
+    before = array.copy()
+    tensor = to_own_tensor(array)
+    stored[...] = 7
+    assert tensor.dtype == dtype
+    assert np.array_equal(np.asarray(tensor.numpy()), before)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -161,6 +183,24 @@ def test_a_float64_copy_follows_branches_and_inner_models(backend: Any, randomis
     np.testing.assert_allclose(
         backend.run(backend.double(model), sample), backend.run(model, sample), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_float64_copy_of_attention_is_exact_to_float64(backend: Any, randomised: Any) -> None:
+    x = keras.Input((4, 3))
+    model = randomised(keras.Model(x, L.MultiHeadAttention(1, 3, use_bias=False)(x, x)))
+    kernels = {
+        name: array.astype(np.float64) for name, array in backend.read(model, list(_names(backend, model))).items()
+    }
+    sample = np.random.default_rng(0).normal(size=(2, 4, 3))
+    q, k, v = (sample @ kernels[f"multi_head_attention/{part}/kernel"][:, 0] for part in ("query", "key", "value"))
+    scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(3))
+    mixed = scores / scores.sum(-1, keepdims=True) @ v
+    wanted = mixed @ kernels["multi_head_attention/attention_output/kernel"][0]
+    np.testing.assert_allclose(backend.run(backend.double(model), sample), wanted, rtol=1e-13)
+
+
+def _names(backend: Any, model: Any) -> set[str]:
+    return {tensor.name for layer in backend.layers(model) for tensor in layer.tensors.values()}
 
 
 class Custom(keras.Model):

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from clipcore.errors import InvalidInput
-from clipcore_tensorflow._layers import check_keras
+from clipcore_tensorflow._keras import check_keras
 from clipcore_tensorflow._models import check_model, parameters, weights
 from clipcore_tensorflow._tensors import tf_variable
 

@@ -1,202 +1,153 @@
-"""The layers of a model: which class is which kind, and how Keras stores and sets what the kind needs."""
+"""The layers of a model: what each computes, and the variables that its tensors are, or are parts of."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from clipcore.backend import Layer, Tensor
 from clipcore.errors import InvalidInput
+from clipcore_tensorflow._canonical import AsItIs, Block, Canonical, NotDescribedError, View
+from clipcore_tensorflow._functions import operation_of
+from clipcore_tensorflow._keras import check_keras, is_keras_3, is_layer, libraries
+from clipcore_tensorflow._rules import canonical, is_known, registered_roles
 from clipcore_tensorflow._tensors import dtype_name, tf_variable
+from clipcore_tensorflow._walk import Node, Own, attribute_names, every_layer, numbered, walk
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A layer with the object that it describes, and its variables by role."""
+    """A layer with the object that it describes, and its variables by role.
+
+    Attributes:
+        view: how a watcher sees the object's calls; None where these are not the layer's.
+        step: see `clipcore_tensorflow._canonical.Canonical`.
+    """
 
     layer: Layer
     owner: Any
     variables: Mapping[str, tf.Variable]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one Keras class stores a kind of layer.
-
-    Attributes:
-        kind: the name of the kind.
-        roles: the role and layout of each variable, by Keras's name of it.
-        settings: the layer's settings by canonical name; None where the kind has no word for one of them.
-        required: names of variables without which the rule does not hold.
-    """
-
-    kind: str
-    roles: Mapping[str, tuple[str, str]]
-    settings: Callable[[Any], dict[str, Any] | None]
-    required: frozenset[str] = frozenset()
-
-
-def activation_name(function: Any) -> str | None:
-    """None for linear, the name of a function that Keras ships, "unknown:name" for others."""
-    if function is None or function is keras.activations.linear:
-        return None
-    name = getattr(function, "__name__", type(function).__name__)
-    return name if getattr(keras.activations, name, None) is function else f"unknown:{name}"
-
-
-def _linear(layer: Any) -> dict[str, Any]:
-    return {"activation": activation_name(layer.activation)}
-
-
-def _conv(layer: Any) -> dict[str, Any]:
-    return {**_convolution(layer), "groups": layer.groups}
-
-
-def _depthwise(layer: Any) -> dict[str, Any]:
-    channels = tf_variable(layer.kernel).shape[-2]
-    return {**_convolution(layer), "groups": int(channels)}
-
-
-def _convolution(layer: Any) -> dict[str, Any]:
-    return {
-        "stride": tuple(map(int, layer.strides)),
-        "padding": padding_pairs(layer.padding, layer.kernel_size, layer.strides, layer.dilation_rate),
-        "padding_mode": "zeros",
-        "dilation": tuple(map(int, layer.dilation_rate)),
-        "activation": activation_name(layer.activation),
-        "channels": layer.data_format.removeprefix("channels_"),
-    }
-
-
-def padding_pairs(padding: str, kernel_size: Any, strides: Any, dilation: Any) -> Any:
-    """Keras's padding as one (before, after) pair per spatial axis, or "same" where it depends on the input's size."""
-    totals = [rate * (size - 1) for size, rate in zip(kernel_size, dilation, strict=True)]
-    if padding == "valid":
-        return tuple((0, 0) for _ in totals)
-    if padding == "causal":
-        return tuple((total, 0) for total in totals)
-    if any(stride > 1 for stride in strides):
-        return "same"
-    return tuple((total // 2, total - total // 2) for total in totals)
-
-
-def _batch_norm(layer: Any) -> dict[str, Any] | None:
-    # built once, the layer takes inputs of this rank alone
-    rank = layer.input_spec.ndim
-    axis = layer.axis % rank
-    if axis not in (1, rank - 1):
-        return None
-    return {
-        "eps": float(layer.epsilon),
-        "momentum": round(1 - float(layer.momentum), 12),  # 0.01, not 0.010000000000000009
-        "channels": "last" if axis == rank - 1 else "first",
-    }
-
-
-def _layer_norm(layer: Any) -> dict[str, Any] | None:
-    rank = len(layer.get_build_config()["input_shape"])
-    axes = sorted(axis % rank for axis in layer.axis)
-    trailing = axes == list(range(rank - len(axes), rank))
-    return {"eps": float(layer.epsilon)} if trailing and not getattr(layer, "rms_scaling", False) else None
-
-
-def _no_settings(layer: Any) -> dict[str, Any]:
-    return {}
-
-
-_KERNEL = frozenset({"kernel"})
-_LINEAR = {"kernel": ("kernel", "in out"), "bias": ("bias", "out")}
-_CONV = {"kernel": ("kernel", "... in (group out)"), "bias": ("bias", "(group out)")}
-_DEPTHWISE = {"kernel": ("kernel", "... (group in) out"), "bias": ("bias", "(group out)")}
-_BATCH_NORM = {
-    "gamma": ("scale", "channel"),
-    "beta": ("bias", "channel"),
-    "moving_mean": ("running_mean", "channel"),
-    "moving_variance": ("running_var", "channel"),
-}
-_LAYER_NORM = {"gamma": ("scale", "..."), "beta": ("bias", "...")}
-
-# A subclass is of its base's kind unless it computes something else: see _rule.
-RULES: dict[type, Rule] = {
-    keras.layers.Dense: Rule("linear", _LINEAR, _linear, _KERNEL),
-    keras.layers.Conv1D: Rule("conv", _CONV, _conv, _KERNEL),
-    keras.layers.Conv2D: Rule("conv", _CONV, _conv, _KERNEL),
-    keras.layers.Conv3D: Rule("conv", _CONV, _conv, _KERNEL),
-    keras.layers.DepthwiseConv1D: Rule("conv", _DEPTHWISE, _depthwise, _KERNEL),
-    keras.layers.DepthwiseConv2D: Rule("conv", _DEPTHWISE, _depthwise, _KERNEL),
-    keras.layers.BatchNormalization: Rule(
-        "batch_norm", _BATCH_NORM, _batch_norm, frozenset({"moving_mean", "moving_variance"})
-    ),
-    keras.layers.LayerNormalization: Rule("layer_norm", _LAYER_NORM, _layer_norm),
-    keras.layers.Embedding: Rule(
-        "embedding", {"embeddings": ("kernel", "num dim")}, _no_settings, frozenset({"embeddings"})
-    ),
-}
-_COMPUTES = ("call", "__call__", "convolution_op")
-# Their cells are never called where a fused kernel runs, so that what cells own counts as the layer's.
-_WHOLE = (keras.layers.RNN,)
-
-
-def check_keras() -> None:
-    """Refuse Keras on another framework with InvalidInput."""
-    if keras.backend.backend() != "tensorflow":
-        raise InvalidInput(
-            f"Keras runs on {keras.backend.backend()!r}, and clipcore-tensorflow acts on Keras on TensorFlow: "
-            f"set KERAS_BACKEND=tensorflow before Keras is imported"
-        )
+    view: View | None = field(default_factory=AsItIs)
+    step: Any = None
 
 
 def describe(model: Any) -> list[Listed]:
-    """Every layer or module that owns variables, once, in the order in which the model lists them.
+    """Every canonical layer of a model that owns variables, once, in the order in which the model lists them.
 
     A variable that two layers own (tied weights) is listed in both, under one name.
     Raises:
         InvalidInput: the model has no variables yet.
     """
+    return [listed for listed in describe_all(model) if listed.variables]
+
+
+def operations(model: Any) -> list[Listed]:
+    """The layers of a model that are one function without tensors."""
+    return [listed for listed in describe_all(model) if not listed.variables]
+
+
+def describe_all(model: Any) -> list[Listed]:
+    """Both of them, in the model's order."""
     _check_built(model)
+    nodes = list(walk(model))
+    guests = _guests(nodes)
+    moved = {id(variable) for guest in guests.values() for _, variable in guest}
     paths: Counter[str] = Counter()
     names = _Names()
-    return [_listed(owner, _numbered(path, paths), own, names) for path, owner, own in _owners(model)]
+    found: list[Listed] = []
+    for node in nodes:
+        rest = [(name, variable) for name, variable in node.own if id(variable) not in moved]
+        if rest:
+            listed = _listed(replace(node, own=rest), str(getattr(model, "name", type(model).__name__)), paths, names)
+            found += [_joined(listed[0], guests.get(id(node.owner), []), names), *listed[1:]]
+        elif not node.inner:
+            found += _operation(node, paths)
+    return found
 
 
-def _listed(owner: Any, path: str, own: list[tuple[str, Any]], names: _Names) -> Listed:
-    rule, settings = _rule(owner, [name for name, _ in own])
-    roles: Counter[str] = Counter()
+def _operation(node: Node, paths: Counter[str]) -> list[Listed]:
+    """The function that a node without variables is, if it is one."""
+    found = operation_of(node.owner)
+    if found is None:
+        return []
+    kind, settings = found
+    return [Listed(Layer(numbered(node.path or node.owner.name, paths), kind, {}, settings), node.owner, {})]
+
+
+def _listed(node: Node, model_name: str, paths: Counter[str], names: _Names) -> list[Listed]:
+    """What a node with variables of its own is described as."""
+    own = attribute_names(node.owner, node.own, registered_roles(node.owner))
+    shapes = {name: tuple(variable.shape) for name, variable in own}
+    try:
+        parts, why = canonical(node.owner, shapes), ""
+    except NotDescribedError as reason:
+        if node.holds:  # its calls are those of the layers inside it
+            return [_bare(node, name, variable, paths, names) for name, variable in own]
+        parts, why = [Canonical("raw", {name: (Block(name, "..."),) for name in shapes})], str(reason)
+    path = numbered(node.path or model_name, paths)
+    return [_listed_part(part, node.owner, own, path, names, why) for part in parts]
+
+
+def _listed_part(part: Canonical, owner: Any, own: Own, path: str, names: _Names, why: str) -> Listed:
     tensors, variables = {}, {}
     for name, variable in own:
-        role, layout = rule.roles[name] if rule else (_numbered(name, roles), "...")
-        plain = tf_variable(variable)
-        variables[role] = plain
-        tensors[role] = Tensor(
-            names.of(plain, f"{path}/{name}"),
-            role,
-            layout,
-            tuple(plain.shape),
-            dtype_name(plain),
-            bool(plain.trainable),  # by its role: freezing a layer marks the Keras variable alone
-        )
-    framework = "keras" if isinstance(owner, keras.layers.Layer) else "tensorflow"
-    kind = rule.kind if rule else f"{framework}:{type(owner).__name__}"
-    return Listed(Layer(path, kind, tensors, settings), owner, variables)
+        for block in part.blocks.get(name, ()):
+            plain = tf_variable(variable)
+            tensors[block.role] = _tensor(names.of(plain, f"{path}/{name}"), block, plain)
+            variables[block.role] = plain
+    name = f"{path}/{part.part}" if part.part else path
+    return Listed(Layer(name, part.kind, tensors, part.settings, why), owner, variables, part.view, part.step)
 
 
-def _rule(owner: Any, names: list[str]) -> tuple[Rule | None, dict[str, Any]]:
-    """The rule that an object's class and variables follow to the letter, with its settings; else None.
+def _bare(node: Node, name: str, variable: Any, paths: Counter[str], names: _Names) -> Listed:
+    """One variable of an object that has others in layers inside it."""
+    place = numbered(f"{node.path}/{name}" if node.path else name, paths)
+    plain = tf_variable(variable)
+    tensor = _tensor(names.of(plain, place), Block(name, "..."), plain)
+    why = f"a tensor of a {type(node.owner).__name__}'s own"
+    return Listed(Layer(place, "raw", {name: tensor}, {}, why), node.owner, {name: plain}, None)
 
-    A quantised layer, or one with adapters, has variables that no rule knows.
+
+def _tensor(name: str, block: Block, variable: tf.Variable) -> Tensor:
+    whole = tuple(variable.shape)
+    shape = tuple(stop - start for start, stop in block.within) if block.within else whole
+    # trainable by its role: freezing a layer marks the Keras variable alone
+    trainable, dtype = bool(variable.trainable), dtype_name(variable)
+    return Tensor(name, block.role, block.layout, shape, dtype, trainable, block.within, whole if block.within else ())
+
+
+def _guests(nodes: list[Node]) -> dict[int, Own]:
+    """By the layer that takes them in, variables of its wrapper: of spectral norm, where the next step of its power
+    iteration begins. In inference the inner layer's kernel is used as it stands, so that no other layer needs them.
     """
-    base = next((cls for cls in type(owner).__mro__ if cls in RULES), None)
-    if base is None or any(getattr(type(owner), name, None) is not getattr(base, name, None) for name in _COMPUTES):
-        return None, {}
-    rule = RULES[base]
-    fits = rule.required <= set(names) <= set(rule.roles) and len(names) == len(set(names))
-    settings = rule.settings(owner) if fits and getattr(owner, "quantization_mode", None) is None else None
-    return (rule, settings) if settings is not None else (None, {})
+    wrappers = tuple(getattr(library.layers, "SpectralNormalization", ()) for library in libraries())
+    hosts = {id(node.owner) for node in nodes if node.own}
+    return {
+        id(node.owner.layer): [(f"{node.path}/{name}", variable) for name, variable in node.own]
+        for node in nodes
+        if isinstance(node.owner, wrappers) and id(node.owner.layer) in hosts
+    }
+
+
+def _joined(listed: Listed, guests: Own, names: _Names) -> Listed:
+    """A layer with tensors that its wrapper keeps for it."""
+    tensors, variables = dict(listed.layer.tensors), dict(listed.variables)
+    for place, variable in guests:
+        plain, name = tf_variable(variable), place.rpartition("/")[2]
+        role = _GUESTS.get(name, name)
+        tensors[role] = _tensor(names.of(plain, place), Block(role, "..."), plain)
+        variables[role] = plain
+    # spectral norm takes the kernel's last axis for the rows of its matrix
+    rows = {"spectral_axis": len(tensors["kernel"].shape) - 1} if guests and "kernel" in tensors else {}
+    layer = replace(listed.layer, tensors=tensors, settings={**listed.layer.settings, **rows})
+    return replace(listed, layer=layer, variables=variables) if guests else listed
+
+
+_GUESTS = {"vector_u": "kernel.u"}
 
 
 class _Names:
@@ -211,103 +162,17 @@ class _Names:
 
     def of(self, variable: tf.Variable, place: str) -> str:
         if id(variable) not in self._given:
-            self._given[id(variable)] = _numbered(place, self._seen)
+            self._given[id(variable)] = numbered(place, self._seen)
         return self._given[id(variable)]
 
 
-def _numbered(name: str, seen: Counter[str]) -> str:
-    """The name, with "#2" and so on where it was seen before."""
-    seen[name] += 1
-    return name if seen[name] == 1 else f"{name}#{seen[name]}"
-
-
-def _owners(model: Any) -> Iterator[tuple[str, Any, list[tuple[str, Any]]]]:
-    """(path, object, its own variables by name) of every layer or module that owns some."""
-    seen: set[int] = set()
-    walk = _walk_layer if isinstance(model, keras.layers.Layer) else _walk_module
-    for path, owner, own in walk(model, "", seen):
-        yield path or str(getattr(model, "name", type(model).__name__)), owner, own
-
-
-def _walk_layer(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any, list[tuple[str, Any]]]]:
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    children = [] if isinstance(layer, _WHOLE) else sublayers(layer)
-    nested = {id(variable) for child in children for variable in child.weights}
-    own = [(variable.name, variable) for variable in layer.weights if id(variable) not in nested]
-    if own:
-        yield path, layer, own
-    for child in children:
-        yield from _walk_layer(child, f"{path}/{child.name}" if path else child.name, seen)
-
-
-def sublayers(layer: Any) -> list[Any]:
-    """The layers directly inside a Keras layer or model, as it lists them."""
-    if isinstance(layer, keras.Model):
-        return list(layer.layers)
-    return list(layer._flatten_layers(include_self=False, recursive=False))  # public in models alone
-
-
-def _walk_module(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any, list[tuple[str, Any]]]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    held = _inside(module)
-    own = {id(value): (name, value) for name, value in reversed(held) if isinstance(value, tf.Variable)}
-    if own:
-        yield path, module, list(reversed(own.values()))
-    for name, value in held:
-        inner = f"{path}/{name}" if path else name
-        if isinstance(value, keras.layers.Layer):
-            yield from _walk_layer(value, inner, seen)
-        elif isinstance(value, tf.Module):
-            yield from _walk_module(value, inner, seen)
-
-
-def _inside(module: Any) -> list[tuple[str, Any]]:
-    """Names and values of the variables, modules and layers in a module's attributes."""
-    return [item for name, value in vars(module).items() if _is_state(module, name) for item in _held(value, name)]
-
-
-def _is_state(module: Any, name: str) -> bool:
-    """Whether an attribute is the module's, and not tf.Module's record of it."""
-    return name not in getattr(module, "_TF_MODULE_IGNORED_PROPERTIES", ()) and not name.startswith("_self_")
-
-
-def _held(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Variables and modules in an attribute, also in lists, tuples and dicts."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _held(item, f"{name}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _held(item, f"{name}/{index}")
-    elif isinstance(value, tf.Variable | tf.Module | keras.layers.Layer):
-        yield name, value
-
-
 def _check_built(model: Any) -> None:
-    if not isinstance(model, keras.layers.Layer):
+    if not is_layer(model):
         return
-    check_keras()
-    known: list[Any] = [layer for layer in every_layer(model) if isinstance(layer, tuple(RULES))]
+    if is_keras_3(model):
+        check_keras()
+    known: list[Any] = [layer for layer in every_layer(model) if is_known(layer)]
     if not model.built or (known and not any(layer.built for layer in known)):
         raise InvalidInput(
             f"model {model.name!r} has no weights yet: build it with model.build(input_shape), or call it once"
         )
-
-
-def every_layer(model: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """The Keras layers of a model or module, itself included, each once."""
-    seen = set() if seen is None else seen
-    if id(model) in seen:
-        return
-    seen.add(id(model))
-    if isinstance(model, keras.layers.Layer):
-        yield model
-        inside = sublayers(model)
-    else:
-        inside = [value for _, value in _inside(model) if not isinstance(value, tf.Variable)]
-    for child in inside:
-        yield from every_layer(child, seen)

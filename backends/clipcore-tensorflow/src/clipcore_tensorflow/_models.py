@@ -12,10 +12,15 @@ import numpy as np
 import tensorflow as tf
 
 from clipcore.errors import InvalidInput
-from clipcore_tensorflow._layers import check_keras, describe
-from clipcore_tensorflow._tensors import Array, dtype_name, is_variable, tf_variable, to_array
+from clipcore.structure import leaves
+from clipcore_tensorflow._keras import check_keras, is_keras_3, is_keras_model, is_layer
+from clipcore_tensorflow._layers import describe
+from clipcore_tensorflow._tensors import Array, dtype_name, is_variable, tf_variable, to_array, to_own_tensor
 
-WEIGHT_FILES = (".weights.h5", ".keras")
+WEIGHT_FILES = (".weights.h5", ".keras", ".h5")
+
+
+_BUFFERS = ("running", "kernel.u")  # roles of tensors that no optimizer trains
 
 
 class Running:
@@ -72,15 +77,15 @@ def _table(model: Any) -> dict[str, tf.Variable]:
 
 
 def is_model(obj: Any) -> bool:
-    """Whether `obj` is a Keras model or layer, or a tf.Module."""
-    return isinstance(obj, keras.layers.Layer | tf.Module)
+    """Whether `obj` is a model or layer of Keras 3 or tf_keras, or a tf.Module."""
+    return is_layer(obj) or isinstance(obj, tf.Module)
 
 
 def check_model(model: Any) -> None:
     """Refuse what is no model with InvalidInput."""
     if not is_model(model):
         raise InvalidInput(f"{model!r:.60} of type {type(model).__name__} is no keras.Model, keras.Layer or tf.Module")
-    if isinstance(model, keras.layers.Layer):
+    if is_keras_3(model):
         check_keras()
 
 
@@ -107,7 +112,7 @@ def write(table: Mapping[str, tf.Variable], values: Mapping[str, Array]) -> list
                 f"nothing was written: convert it with .astype"
             )
     for name, array in arrays.items():
-        table[name].assign(array)  # copies: the array stays the caller's
+        table[name].assign(to_own_tensor(array))
     return [table[name] for name in arrays]
 
 
@@ -124,7 +129,7 @@ def weights(model_or_params: Any) -> list[Any]:
     """See `clipcore.backend.Backend.weights`."""
     if is_model(model_or_params):
         check_model(model_or_params)
-        if isinstance(model_or_params, keras.layers.Layer):
+        if is_layer(model_or_params):
             describe(model_or_params)  # refuses a model without weights
         found = list(model_or_params.trainable_variables)
     else:
@@ -142,13 +147,13 @@ def weights(model_or_params: Any) -> list[Any]:
 def parameters(model: Any) -> dict[str, Any]:
     """See `clipcore.backend.ModelBackend.parameters`: the objects that `weights` gives, for frozen ones too."""
     check_model(model)
-    held = model.weights if isinstance(model, keras.layers.Layer) else model.variables
+    held = model.weights if is_layer(model) else model.variables
     objects = {id(tf_variable(variable)): variable for variable in held}
     return {
         tensor.name: objects.get(id(variable), variable)
         for listed in describe(model)
         for role, tensor in listed.layer.tensors.items()
-        if not role.startswith("running") and (variable := listed.variables[role]).dtype.is_floating
+        if not role.startswith(_BUFFERS) and (variable := listed.variables[role]).dtype.is_floating
     }
 
 
@@ -158,7 +163,7 @@ def load_model(factory: Any, path: str | None) -> Any:
     check_model(model)
     if path is None:
         return model
-    if not isinstance(model, keras.Model):
+    if not is_keras_model(model):
         raise InvalidInput(
             f"{type(model).__name__} is no keras.Model, and weight files are Keras's; restore it yourself"
         )
@@ -174,26 +179,29 @@ def load_model(factory: Any, path: str | None) -> Any:
 
 
 def save_weights(model: Any, path: str) -> None:
-    """Write a Keras model as .keras, or its weights alone as .weights.h5, as the name says."""
-    if not isinstance(model, keras.Model):
+    """Write a Keras model as .keras, or its weights alone as .weights.h5 (Keras 2: .h5 too), as the name says."""
+    if not is_keras_model(model):
         raise InvalidInput(f"{type(model).__name__} is no keras.Model, and weight files are Keras's; save it yourself")
     if path.endswith(".keras"):
         model.save(path)
-    elif path.endswith(".weights.h5"):
+    elif path.endswith(".weights.h5") or (path.endswith(".h5") and not is_keras_3(model)):
         model.save_weights(path)
     else:
-        raise InvalidInput(f"output {path!r} has another format; expected one of {', '.join(WEIGHT_FILES)}")
+        written = WEIGHT_FILES[:2] if is_keras_3(model) else WEIGHT_FILES
+        raise InvalidInput(f"output {path!r} has another format; expected one of {', '.join(written)}")
 
 
 def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     """See `clipcore.backend.TracingBackend.input_shapes`: what functional and Sequential models declare."""
-    inputs = getattr(model, "inputs", None) if isinstance(model, keras.Model) else None
-    return [tuple(tensor.shape) for tensor in keras.tree.flatten(inputs)] if inputs else None
+    inputs = getattr(model, "inputs", None) if is_keras_model(model) else None
+    return [tuple(tensor.shape) for _, tensor in leaves(inputs)] if inputs else None
 
 
 def double(model: Any) -> Any | None:
-    """A float64 copy of a functional or Sequential model; None of any other, or where a layer cannot be copied so."""
-    if input_shapes(model) is None:
+    """A float64 copy of a functional or Sequential model of Keras 3; None of any other, or where a layer cannot be
+    copied so.
+    """
+    if not is_keras_3(model) or input_shapes(model) is None:
         return None
     try:
         declared = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
@@ -217,7 +225,11 @@ def _double_layer(layer: Any) -> Any:
             raise InvalidInput(f"layer {layer.name!r} cannot be copied in float64")
         return inner
     config["dtype"] = "float64"
-    return type(layer).from_config(config)
+    copy = type(layer).from_config(config)
+    for name, value in list(vars(copy).items()):
+        if type(value) is float:  # tf.cast rounds a number of Python's to float32 on its way to float64
+            object.__setattr__(copy, name, np.float64(value))
+    return copy
 
 
 def _double_input(tensor: Any) -> Any:

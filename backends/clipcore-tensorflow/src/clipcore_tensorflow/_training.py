@@ -18,7 +18,7 @@ from clipcore.clipping.policies import Policy, policy_from_config
 from clipcore.errors import InvalidInput
 from clipcore.training import Attachment, OnReport
 from clipcore_tensorflow._attached import Attached
-from clipcore_tensorflow._layers import check_keras
+from clipcore_tensorflow._keras import check_keras
 
 _PACKAGE = "clipcore"
 _KEY, _NAMES, _AXES = "clip_policy", "clip_names", "clip_axes"  # in an optimizer's config

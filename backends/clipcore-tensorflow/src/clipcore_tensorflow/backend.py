@@ -1,4 +1,4 @@
-"""The backend of TensorFlow and Keras 3: each method hands over to the module that has the idea."""
+"""The backend of TensorFlow, Keras 3 and tf_keras: each method hands over to the module that has the idea."""
 
 from __future__ import annotations
 
@@ -101,8 +101,13 @@ class TensorFlowBackend:
         _models.check_model(model)
         return [listed.layer for listed in _layers.describe(model)]
 
-    def read(self, model: Any, names: Sequence[str]) -> dict[str, Array]:
+    def operations(self, model: Any) -> list[Layer]:
+        """Activations, pooling and dropout: layers without tensors, in the model's order, named as in `layers`."""
         _models.check_model(model)
+        return [listed.layer for listed in _layers.operations(model)]
+
+    def read(self, model: Any, names: Sequence[str], *, keep: bool = False) -> dict[str, Array]:
+        _models.check_model(model)  # and nothing to be done to keep: a variable that changes takes other memory
         return _models.read(self._running.table(model), names)
 
     def write(self, model: Any, values: Mapping[str, Array]) -> None:

@@ -43,14 +43,17 @@ KERAS_NETS = """
 import keras
 from keras import layers
 
-def build(epsilon=1e-5):
+def build(epsilon=1e-5, slope=0.0):
     keras.utils.set_random_seed(1)
     stem = [layers.Conv2D(8, 3, padding="same", name="stem"), layers.BatchNormalization(epsilon=epsilon, name="norm")]
     return keras.Sequential([
-        keras.Input((6, 6, 3)), *stem, layers.ReLU(), layers.Flatten(), layers.Dense(5, name="head"),
+        keras.Input((6, 6, 3)), *stem, layers.ReLU(negative_slope=slope), layers.Flatten(),
+        layers.Dense(5, name="head"),
     ], name="a")
 
 def other_eps(): return build(epsilon=0.5)
+
+def other_slope(): return build(slope=0.5)
 """
 
 B, A = "torch:cli_nets_torch:build", "tensorflow:cli_nets_keras:build"
@@ -137,11 +140,18 @@ def test_verify_says_with_exit_code_1_that_two_models_differ(run):
 
 
 def test_migrate_to_a_model_that_differs_writes_it_and_says_what_differs(run):
-    answer = run("migrate", B, "tensorflow:cli_nets_keras:other_eps", *SAMPLE, "--output", "a.weights.h5")
+    answer = run("migrate", B, "tensorflow:cli_nets_keras:other_slope", *SAMPLE, "--output", "a.weights.h5")
 
     assert answer.exit_code == NOT_VERIFIED, answer.stderr
     assert os.path.exists("a.weights.h5")
-    assert "eps" in answer.stdout
+    assert "head: input: not the same" in answer.stdout
+
+
+def test_migrate_makes_up_for_another_eps_and_says_how(run):
+    answer = run("migrate", B, "tensorflow:cli_nets_keras:other_eps", *SAMPLE, "--output", "a.weights.h5")
+
+    assert answer.exit_code == OK, answer.stderr
+    assert "norm: eps: the target has 0.5, the source 1e-05; repaired" in " ".join(answer.stdout.split())
 
 
 def test_migrate_applies_a_saved_plan_without_a_sample(run):
@@ -151,6 +161,34 @@ def test_migrate_applies_a_saved_plan_without_a_sample(run):
     assert answer.exit_code == OK, answer.stderr
     assert json.loads(answer.stdout)["verification"] is None
     assert os.path.exists("a.keras")
+
+
+def test_a_rule_places_a_layer_and_is_shown_as_given(run):
+    answer = run("plan", B, A, *SAMPLE, "--rule", "4=head", "--output", "plan.json")
+
+    assert answer.exit_code == OK, answer.stderr
+    rows = {row.target: row.evidence for row in cc.Plan.load("plan.json").rows}
+    assert rows["head/kernel"] == "given"
+    assert rows["stem/kernel"] == "proven"
+
+
+def test_migrate_rounds_on_request(run):
+    answer = run("migrate", B, A, *SAMPLE, "--dtype", "bfloat16", "--no-verify", "--output", "a.weights.h5", "--json")
+
+    assert answer.exit_code == OK, answer.stderr
+    assert all(
+        tensor["rounding"] > 0 for tensor in json.loads(answer.stdout)["tensors"] if "kernel" in tensor["target"]
+    )
+
+
+def test_diff_lists_the_settings_that_differ_with_and_without_running_the_models(run):
+    for sample in ([], SAMPLE):
+        answer = run("diff", B, "tensorflow:cli_nets_keras:other_eps", *sample, "--json")
+        assert answer.exit_code == OK, answer.stderr
+        found = {d["setting"]: (d["layer"], d["source"], d["target"]) for d in json.loads(answer.stdout)["differences"]}
+        assert found["eps"] == ("norm", 1e-05, 0.5)
+        assert found["momentum"] == ("norm", 0.1, 0.01)
+    assert "No setting differs." in run("diff", B, B).stdout
 
 
 @pytest.mark.parametrize("name", ["b.pt", "b.safetensors"])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from e2e_models import assert_bitwise_equal, assert_proven_throughout, contents, randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,47 +19,6 @@ KERAS_POOL = {1: L.AveragePooling1D, 2: L.AveragePooling2D, 3: L.AveragePooling3
 TORCH_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TORCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 TORCH_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-
-
-def randomised(model, seed=0):
-    """The model with every parameter and statistic random; variances positive."""
-    rng = np.random.default_rng(seed)
-
-    def draw(name, shape):
-        return rng.uniform(0.5, 1.5, shape) if "var" in name else rng.normal(0, 0.4, shape)
-
-    if isinstance(model, keras.Model):
-        for variable in model.variables:
-            if variable.dtype.startswith("float"):
-                variable.assign(draw(variable.path.split("/")[-1], variable.shape))
-    else:
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if tensor.is_floating_point():
-                    tensor.copy_(torch.from_numpy(np.asarray(draw(name, tuple(tensor.shape)))))
-    return model
-
-
-def contents(model):
-    """Every tensor of a model, copied."""
-    if isinstance(model, keras.Model):
-        return [variable.numpy().copy() for variable in model.variables]
-    return [tensor.clone().numpy() for tensor in model.state_dict().values()]
-
-
-def assert_bitwise_equal(before, after):
-    assert len(before) == len(after)
-    for first, second in zip(before, after, strict=True):
-        assert first.tobytes() == second.tobytes()
-
-
-def assert_proven_throughout(source, target, sample):
-    """Every row of the plan is proven, and after the migration both compute the same; the plan."""
-    plan = cc.plan(source, target, sample=sample)
-    assert {row.evidence for row in plan.rows} == {"proven"}
-    cc.migrate(source, target, plan=plan)
-    assert cc.verify(source, target, sample=sample, plan=plan).ok
-    return plan
 
 
 @st.composite
@@ -239,15 +199,18 @@ def test_the_kernel_behind_a_flatten_is_carried_in_the_order_of_the_features_and
     assert check.first_divergence.layer == "hidden"
 
 
-def test_another_epsilon_is_no_error_of_the_plan_and_is_named_by_verify():
-    source, target = randomised(small_torch(), 1), randomised(small_keras(eps=1e-3), 2)
-    plan = cc.plan(source, target, sample=SAMPLE)
+def test_another_epsilon_of_a_layer_norm_is_no_error_of_the_plan_and_is_named_by_verify():
+    source = randomised(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, eps=0.1), nn.Linear(4, 2)).eval(), 1)
+    layers = [L.Dense(4), L.LayerNormalization(epsilon=1e-3, name="norm"), L.Dense(2)]
+    target = randomised(keras.Sequential([L.Input((3,)), *layers]), 2)
+    x = np.random.default_rng(3).standard_normal((5, 3)).astype("float32")
+    plan = cc.plan(source, target, sample=x)
     cc.migrate(source, target, plan=plan)
-    check = cc.verify(source, target, sample=SAMPLE, plan=plan)
+    check = cc.verify(source, target, sample=x, plan=plan)
     assert not check.ok
     assert check.first_divergence.layer == "norm"
     assert "eps" in check.first_divergence.reason
-    assert any(d.setting == "eps" and d.source == 1e-5 and d.target == 1e-3 for d in check.differences)
+    assert any(d.setting == "eps" and d.source == 0.1 and d.target == 1e-3 for d in check.differences)
 
 
 def test_a_stride_two_padding_same_is_named_with_both_paddings():

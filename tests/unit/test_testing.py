@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -263,4 +264,6 @@ def test_the_suite_without_its_plugin_says_what_is_missing(tmp_path):
 def test_what_a_backend_does_not_offer_is_said_with_the_number_of_checks(tmp_path):
     status, output = pytest_status(tmp_path, *PLUGIN, "--backend", "numpy", "-q", "-k", "plain_layer")
     assert status == pytest.ExitCode.OK
-    assert "8 checks were skipped: not offered: backend 'numpy' has no models" in output
+    (said,) = re.findall(r"(\d+) checks were skipped: not offered: backend 'numpy' has no models", output)
+    assert f"{said} skipped" in output
+    assert int(said) > 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import clipcore as cc
-from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_sample
+from clipcore.cli.inputs import check_output, check_weight_file, load_model, parse_limit, parse_rules, parse_sample
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,17 @@ def test_a_limit_is_read_from_its_short_form(text, limit):
 def test_a_limit_that_is_not_understood_is_refused_with_the_forms_that_are(text):
     with pytest.raises(cc.InvalidInput, match="expected value:NUMBER, norm:NUMBER, global_norm:NUMBER"):
         parse_limit(text)
+
+
+def test_rules_are_pairs_of_names():
+    assert parse_rules(["a.b=c/d", r"(x)=\1=y"]) == [("a.b", "c/d"), ("(x)", r"\1=y")]
+    assert parse_rules(None) == []
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=", "=b"])
+def test_a_rule_without_two_names_is_refused(text):
+    with pytest.raises(cc.InvalidInput, match="expected SOURCE=TARGET"):
+        parse_rules([text])
 
 
 def test_a_limit_out_of_range_is_refused_by_the_policy():

@@ -6,6 +6,7 @@ Tensors are the framework's own (`T`); at the edges they become NumPy arrays (bf
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -359,6 +360,9 @@ class ModelBackend(Backend, Protocol):
 
     def write(self, model: Any, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite the named tensors, shapes and dtypes as stored; never keeps a reference to an array."""
+
+    def holding(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which no layer of the model comes or goes, so that its tensors need be looked for but once."""
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """A model that is one layer of `kind`, for conformance: canonical settings, canonical shapes by role.

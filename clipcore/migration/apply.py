@@ -121,8 +121,9 @@ def migrate(
         _check_finite(ours.backend.read(ours.model, trained), "the source's", "mend the source first")
         plan = find_plan(source, target, sample, target_sample=target_sample, rules=rules)
     check_fits(plan, ours, theirs)
-    values, result = _prepared(plan, ours, theirs, limit, dtype)
-    _write_all_or_nothing(theirs, values)
+    with ours.backend.holding(source), theirs.backend.holding(target):
+        values, result = _prepared(plan, ours, theirs, limit, dtype)
+        _write_all_or_nothing(theirs, values)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -113,6 +114,9 @@ class TensorFlowBackend:
     def write(self, model: Any, values: Mapping[str, Array]) -> None:
         _models.check_model(model)
         self._running.written(_models.write(self._running.table(model), values))
+
+    def holding(self, model: Any) -> AbstractContextManager[None]:
+        return self._running.remember(model)
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
         return _building.build_layer(kind, settings, shapes)

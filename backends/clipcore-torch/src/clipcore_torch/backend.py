@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -107,6 +108,9 @@ class TorchBackend:
         with torch.no_grad():
             for name, tensor in found.items():
                 tensor.copy_(_tensors.as_tensor(lent(arrays[name])))
+
+    def holding(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # a module's tensors are found at once
 
     def build_layer(self, kind: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
         return _building.build_layer(kind, settings, shapes)

@@ -76,7 +76,7 @@ def unit_axes(layer: Layer, role: str) -> Axes | None:
 
     >>> from clipcore.backend import Tensor
     >>> kernel = Tensor("conv/kernel", "kernel", "... in (group out)", (3, 3, 4, 8), "float32")
-    >>> unit_axes(Layer("conv", "conv", {"kernel": kernel}), "kernel")
+    >>> unit_axes(Layer("conv", "conv", {"kernel": kernel}, {"groups": 2}), "kernel")
     (3,)
     """
     tensor = layer.tensors[role]

@@ -53,8 +53,8 @@ def dtype_name(tensor: Any) -> str:
 
 
 def to_array(tensor: Any) -> Array:
-    """An eager dense tensor or variable as an array: its own memory on a CPU, a copy from a device."""
-    tensor = _value(tensor)
+    """An eager tensor or variable as an array: its own memory on a CPU, a copy from a device or of a sparse one."""
+    tensor = tf.convert_to_tensor(tensor) if isinstance(tensor, tf.IndexedSlices) else _value(tensor)
     return _view(tensor) if _on_cpu(tensor) else np.asarray(tensor.numpy())
 
 

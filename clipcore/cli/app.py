@@ -46,6 +46,10 @@ Rules = Annotated[
         help="A layer or tensor of the source and where it belongs: names, or a pattern and its groups; repeatable.",
     ),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Take no name and no order for evidence, only proof and rules.")]
+Unmapped = Annotated[
+    str, typer.Option(metavar="refuse|keep", help="Of layers without a counterpart: refuse, or leave them as they are.")
+]
 PlanFile = Annotated[str | None, typer.Option("--plan", metavar="FILE", help="A plan that clipcore plan wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -95,6 +99,8 @@ def plan(
     source_weights: Weights = None,
     target_weights: Weights = None,
     rules: Rules = None,
+    strict: Strict = False,
+    unmapped: Unmapped = "refuse",
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the plan here, as JSON.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -108,7 +114,9 @@ def plan(
         source_model = _load(running, source, source_weights)
         target_model = _load(running, target, target_weights)
         with running.step("finding the mapping"):
-            found = cc.plan(source_model, target_model, sample=x, rules=parse_rules(rules))
+            found = cc.plan(
+                source_model, target_model, sample=x, rules=parse_rules(rules), strict=strict, unmapped=unmapped
+            )
         if output:
             found.save(output)
         running.answer(found.to_dict(), *views.plan(found))
@@ -127,6 +135,8 @@ def migrate(
     sample: Sample = None,
     plan_file: PlanFile = None,
     rules: Rules = None,
+    strict: Strict = False,
+    unmapped: Unmapped = "refuse",
     limit: Annotated[
         str | None,
         typer.Option(
@@ -155,9 +165,11 @@ def migrate(
         check_output(output)
         bound = parse_limit(limit) if limit else None
         x = parse_sample(_needed(sample), seed) if verify or not plan_file else None
-        if plan_file and rules:
-            raise cc.InvalidInput("--plan says where everything comes from: give --rule to clipcore plan instead")
-        found = {"sample": x, "rules": parse_rules(rules)}
+        if plan_file and (rules or strict or unmapped != "refuse"):
+            raise cc.InvalidInput(
+                "--plan says where everything comes from: give --rule, --strict and --unmapped to clipcore plan instead"
+            )
+        found = {"sample": x, "rules": parse_rules(rules), "strict": strict, "unmapped": unmapped}
         given = {"plan": cc.Plan.load(plan_file)} if plan_file else found
         check_weight_file(output, target)
         source_model = _load(running, source, source_weights)

@@ -29,6 +29,8 @@ def plan(found: Any) -> Iterator[Table | Text]:
     yield from differences(found)
     if found.unused:
         yield Text(f"The source's tensors that nothing takes: {', '.join(found.unused)}")
+    if found.kept:
+        yield Text(f"The target's tensors that are left as they are: {', '.join(found.kept)}")
 
 
 def migration(result: Any, output: str) -> Iterator[Table | Text]:

@@ -14,6 +14,7 @@ from clipcore.backend import Bounds, Layer
 from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import SAME
 from clipcore.mapping.compare import Comparison, tolerance
+from clipcore.mapping.credible import check_deterministic, check_no_nan, check_something_shared, check_strictly
 from clipcore.mapping.differences import differences_between
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.given import Given, Rule, resolved
@@ -27,7 +28,7 @@ from clipcore.mapping.lockstep import (
 from clipcore.mapping.models import Call, Side, as_arrays, none_taken, record, target_samples, written
 from clipcore.mapping.plan import Difference, Evidence, Part, Plan, Row, cut
 from clipcore.mapping.repairs import TOGETHER, Pair, Parts, repair_together, repaired
-from clipcore.mapping.rows import describe_layer, given_part, parts_between, rows_between, signature, values_for
+from clipcore.mapping.rows import describe_layer, given_part, parts_between, rows_between, values_for
 from clipcore.mapping.unseen import Dependence, Unseen, place_unseen
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -38,7 +39,16 @@ _NOWHERE = "<nowhere>"
 _UNEXPLAINED = "an operation without weights before it (pooling, activation, padding, reshaping) is not the same"
 
 
-def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None, rules: Iterable[Rule] = ()) -> Plan:
+def plan(
+    source: Any,
+    target: Any,
+    sample: Any,
+    *,
+    target_sample: Any = None,
+    rules: Iterable[Rule] = (),
+    strict: bool = False,
+    unmapped: str = "refuse",
+) -> Plan:
     r"""Find where every tensor of the target comes from in the source. Both models stay bitwise what they are.
 
     The source runs once on the sample, the target in lock-step with it; parameters that would hide an error (zero
@@ -52,19 +62,25 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None, ru
         rules: pairs (source, target) of names of layers or tensors that belong together, whatever is found; the
             source's may be a regular expression, of which the target's takes groups: ("block(.*)", r"stage\1"). A third
             text is the einops pattern that carries a tensor.
+        strict: whether "proven" and "given" are the only evidence that counts.
+        unmapped: what becomes of layers without a counterpart: "refuse" raises, "keep" leaves the target's as they are
+            (another head, say) and lists them in `Plan.kept`, those of the source in `Plan.unused`.
     Returns:
         The Plan: one row per tensor of the target, with evidence and reason.
     Raises:
-        MappingError: the models share no layer, a layer has no counterpart, or several and nothing to tell them apart.
-        InvalidInput: no model, a sample that a model does not take, or a rule that matches nothing.
+        MappingError: the models share no layer, a layer has no counterpart, or several and nothing to tell them apart;
+            or, with `strict`, something other than execution or a rule settled an origin.
+        InvalidInput: no model, a sample that a model does not take or on which the source computes NaN, or a rule that
+            matches nothing.
     """
     ours, theirs = Side(source, "source"), Side(target, "target")
-    given = resolved(rules, ours, theirs)
-    _check_something_shared(ours, theirs)
+    given = resolved(rules, ours, theirs, unmapped)
+    check_something_shared(ours, theirs)
     sample = as_arrays(sample)
     hiding = ours.hiding()
     with written(ours, hiding), theirs.restored():
         calls, outputs = record(ours, sample)
+        check_no_nan(calls)
         weights = ours.copies(ours.tensors)
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
         search = _Search(Comparison(ours, theirs, calls, sample), outputs, weights, given)
@@ -72,8 +88,18 @@ def plan(source: Any, target: Any, sample: Any, *, target_sample: Any = None, ru
             step, settled = search.solve(forms)
         except InvalidInput as err:
             raise err if target_sample is not None else none_taken(forms, err) from err
+        except MappingError:
+            # what is drawn anew in each run looks like another architecture
+            check_deterministic(ours, sample, calls)
+            raise
+        if _contradicted(step):
+            check_deterministic(ours, sample, calls)
+            check_deterministic(theirs, search.sample, record(theirs, search.sample)[0])
         found = _assemble(theirs, Flow(ours, sample, calls, outputs), step, settled, search.unseen, given)
-        return _confirmed(found, search, theirs)
+        found = _confirmed(found, search, theirs)
+    if strict:
+        check_strictly(found)
+    return found
 
 
 def _confirmed(found: Plan, search: _Search, theirs: Side) -> Plan:
@@ -97,17 +123,6 @@ def _proven(part: Part) -> Part:
     return replace(part, evidence="proven", reason=reason) if part.evidence in ("proven", "structure") else part
 
 
-def _check_something_shared(ours: Side, theirs: Side) -> None:
-    signatures = [{signature(layer) for layer in side.layers.values()} for side in (ours, theirs)]
-    if not signatures[0] & signatures[1]:
-        first, second = next(iter(ours.layers.values())), next(iter(theirs.layers.values()))
-        raise MappingError(
-            f"the models share no layer of one kind and shape: the source begins with {first.name!r} "
-            f"({describe_layer(first)}), the target with {second.name!r} ({describe_layer(second)}); "
-            f"are they of the same architecture?"
-        )
-
-
 def _contradicted(step: LockStep) -> int:
     """In how many places the run says that a form of the sample is not the one: layers that saw something else, or
     gave another output. Where as many channels as steps fit both, nothing else does.
@@ -122,7 +137,7 @@ class _Search:
         self._comparison, self._outputs, self.weights, self._given = comparison, outputs, weights, given
         self._dependence = Dependence(comparison.ours, comparison.sample, outputs)
         self.unseen: Mapping[str, Unseen] = {}
-        self._sample: Any = None
+        self.sample: Any = None
         self._bounds: Sequence[float] = ()
         self._known = False  # whether a run without contradiction is known
         self._runs = 0
@@ -132,7 +147,7 @@ class _Search:
         found: list[tuple[LockStep, Any]] = []
         failures: list[ClipcoreError] = []
         for form in forms:
-            self._sample = form
+            self.sample = form
             try:
                 self._place_unseen(form)
                 found.append((self._with_excuses(), form))
@@ -144,9 +159,9 @@ class _Search:
         if not found:
             # a form that the target ran on says more than one that it refused
             raise next((err for err in failures if isinstance(err, MappingError)), failures[0])
-        step, self._sample = min(found, key=lambda pair: _contradicted(pair[0]))
+        step, self.sample = min(found, key=lambda pair: _contradicted(pair[0]))
         if step is not found[-1][0]:
-            self._place_unseen(self._sample)
+            self._place_unseen(self.sample)
         self._known = True
         step = self._refined(step)
         return step, self._settle(step)
@@ -165,7 +180,7 @@ class _Search:
 
     def agrees(self, theirs: Side) -> bool:
         """Whether the target as it stands gives the source's outputs."""
-        outputs = theirs.run(self._sample)
+        outputs = theirs.run(self.sample)
         return self._comparison.model_outputs(self._outputs, outputs) <= tolerance(self._outputs, outputs)
 
     def _with_excuses(self) -> LockStep:
@@ -198,7 +213,7 @@ class _Search:
         self._runs += 1
         step = LockStep(self._comparison, self.weights, choices, excused, self._bounds, self._given)
         try:
-            outputs = self._comparison.theirs.run(self._sample, step)
+            outputs = self._comparison.theirs.run(self.sample, step)
         except Exception:
             # frameworks may wrap what a watcher raises
             if isinstance(step.stopped, Contradiction):
@@ -210,7 +225,10 @@ class _Search:
             raise
         error = self._comparison.model_outputs(self._outputs, outputs)
         agreed = error <= tolerance(self._outputs, outputs)
-        if not (agreed or _OUTPUTS in excused) or (agreed and not step.within_bound(error, self._outputs, outputs)):
+        # behind a layer that kept its weights no outputs can agree
+        if not (agreed or _OUTPUTS in excused or step.kept) or (
+            agreed and not step.within_bound(error, self._outputs, outputs)
+        ):
             return step, _OUTPUTS
         step.errors.append(error if agreed else 0.0)
         return step, None
@@ -326,10 +344,18 @@ def _assemble(
     differences = repair_together(matched, flow, placed, differences)
     rows = _rows(placed, theirs)
     taken = {(term.name, term.within) for row in rows for part in row.parts for term in part.terms}
-    _check_all_placed(ours, calls, step, taken)
+    if not given.keep:
+        _check_all_placed(ours, calls, step, taken)
     names = {name for name, _ in taken}
     unused = tuple(name for name in ours.tensors if name not in names)
-    return Plan(ours.backend.name, theirs.backend.name, rows, unused, tuple(differences))
+    return Plan(ours.backend.name, theirs.backend.name, rows, unused, tuple(differences), _kept(rows, theirs, given))
+
+
+def _kept(rows: Sequence[Row], theirs: Side, given: Given) -> tuple[str, ...]:
+    """The target's tensors that have no row, and may be left as they are."""
+    placed = {row.target for row in rows}
+    left = [tensor for name, tensor in theirs.tensors.items() if name not in placed and tensor.role != "batch_count"]
+    return tuple(tensor.name for tensor in left) if given.keep else ()
 
 
 def _placed(parts: Sequence[tuple[str, Part]], ours: Side) -> Parts:

@@ -23,22 +23,27 @@ class Given:
         layers: for a layer of the target, the layer of the source that it comes from.
         tensors: for a tensor of the target, the tensor of the source and the pattern ("" where it moves as it is, or as
             the layers' layouts say).
+        keep: whether a layer of the target without a counterpart keeps what it holds.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, tuple[str, str]] = field(default_factory=dict)
+    keep: bool = False
 
 
-def resolved(rules: Iterable[Rule], ours: Side, theirs: Side) -> Given:
+def resolved(rules: Iterable[Rule], ours: Side, theirs: Side, unmapped: str = "refuse") -> Given:
     """The rules by the names of two models.
 
     Raises:
-        InvalidInput: a rule is no pair of texts, no pattern, matches nothing, or names what is not there.
+        InvalidInput: a rule is no pair of texts, no pattern, matches nothing, or names what is not there; or `unmapped`
+            is another word.
         MappingError: two rules name one target, or a layer cannot hold what the other does.
     """
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise InvalidInput(f"rules is {rules!r:.60}; expected a list of pairs (source, target)")
-    given = Given()
+    if unmapped not in ("refuse", "keep"):
+        raise InvalidInput(f"unmapped is {unmapped!r}; expected 'refuse', or 'keep' to leave such layers as they are")
+    given = Given(keep=unmapped == "keep")
     for rule in rules:
         source, target, pattern = _checked(rule)
         found = list(_pairs(source, target, list(ours.layers), list(theirs.layers))) if not pattern else []

@@ -97,6 +97,7 @@ class LockStep:
         given: the origins that rules name.
         bounds: for each call of the target in turn, the largest error of its input that is no contradiction.
         served: layers of the source of which a call was met.
+        kept: layers that ran as they are, since they have no counterpart.
         errors: for each call of the target in turn, the error of its input; 0 where it was excused.
     """
 
@@ -109,6 +110,7 @@ class LockStep:
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
     errors: list[float] = field(default_factory=list)
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
@@ -136,7 +138,9 @@ class LockStep:
     def _before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         known = self.matches.get(layer)
         names = self._candidates(layer)
-        if not names and self._is_placed(layer):
+        if not names and (self.given.keep or self._is_placed(layer)):
+            if not self._is_placed(layer):
+                self.kept.add(layer)
             self._open.append(None)
             self.errors.append(0.0)
             return None

@@ -22,7 +22,7 @@ from clipcore.mapping.operations import OPERATIONS, compute, formula
 Array = np.ndarray[Any, np.dtype[Any]]
 Evidence = Literal["proven", "structure", "name", "given"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,7 @@ class Plan:
         rows: one per tensor of the target, in the target's order.
         unused: tensors of the source that nothing takes.
         differences: settings in which matched layers differ.
+        kept: tensors of the target that have no origin and keep what they hold, as `unmapped="keep"` asks.
         limited: of a plan that `migrate` returned, the target's tensors that the limit changed, or a dtype rounded, by
             name, as they were written; `verify` compares against these. It is not saved.
     """
@@ -274,6 +275,7 @@ class Plan:
     rows: tuple[Row, ...]
     unused: tuple[str, ...] = ()
     differences: tuple[Difference, ...] = ()
+    kept: tuple[str, ...] = ()
     limited: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,6 +286,7 @@ class Plan:
             "target": self.target,
             "rows": [asdict(row) for row in self.rows],
             "unused": list(self.unused),
+            "kept": list(self.kept),
             "differences": [asdict(difference) for difference in self.differences],
         }
 
@@ -319,6 +322,7 @@ class Plan:
         try:
             _check_text(document, ("source", "target"))
             _check_list(document, "unused", str)
+            _check_list(document, "kept", str)
             _check_list(document, "differences", dict)
             _check_list(document, "rows", dict)
             return cls(
@@ -326,6 +330,7 @@ class Plan:
                 target=document["target"],
                 rows=tuple(_row(**entry) for entry in document["rows"]),
                 unused=tuple(document["unused"]),
+                kept=tuple(document["kept"]),
                 differences=tuple(_difference(**entry) for entry in document["differences"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as err:
@@ -339,6 +344,7 @@ class Plan:
             marks = "" if row.reversible or not row.sources else "  (one way: not undone by migrating back)"
             lines.append(f"  {row.target:{width}}  <- {origin}  [{row.pattern}]  {row.evidence}: {row.reason}{marks}")
         lines += [f"  unused: {name}" for name in self.unused]
+        lines += [f"  kept as it is: {name}" for name in self.kept]
         lines += [f"  difference: {difference}" for difference in self.differences]
         return "\n".join(lines)
 

@@ -67,6 +67,8 @@ def place_unseen(
         if name in placed or all(tensor.name in given.tensors for tensor in layer.tensors.values()):
             continue
         candidates = [n for n in free if fits(ours.layers[n], layer)]
+        if given.keep and not candidates:
+            continue
         rivals = [
             n
             for n, other in waiting.items()

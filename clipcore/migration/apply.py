@@ -86,6 +86,8 @@ def migrate(
     limit: Limit | None = None,
     target_sample: Any = None,
     rules: Iterable[Rule] = (),
+    strict: bool = False,
+    unmapped: str = "refuse",
     dtype: str | None = None,
 ) -> MigrationResult:
     """Copy the source's weights and running statistics into the target: all of them, or none.
@@ -96,7 +98,7 @@ def migrate(
     Args:
         source, target: models of any installed backends.
         plan: where each tensor comes from; left out, it is found on `sample`.
-        sample, target_sample, rules: see `plan`.
+        sample, target_sample, rules, strict, unmapped: see `plan`.
         dtype: what to do where the target's dtype would round: None refuses, "target" rounds to what each tensor of the
             target holds, and a floating dtype's name ("bfloat16") rounds everything floating to that first. Integers of
             8 bits and 8-bit floats move as they are, or not at all.
@@ -119,7 +121,9 @@ def migrate(
         # what flows after a NaN is NaN, so that the search would fail for a reason that is none
         trained = [tensor.name for tensor in ours.tensors.values() if tensor.trainable]
         _check_finite(ours.backend.read(ours.model, trained), "the source's", "mend the source first")
-        plan = find_plan(source, target, sample, target_sample=target_sample, rules=rules)
+        plan = find_plan(
+            source, target, sample, target_sample=target_sample, rules=rules, strict=strict, unmapped=unmapped
+        )
     check_fits(plan, ours, theirs)
     with ours.backend.holding(source), theirs.backend.holding(target):
         values, result = _prepared(plan, ours, theirs, limit, dtype)
@@ -160,7 +164,8 @@ def check_fits(plan: Plan, ours: Side, theirs: Side) -> None:
             )
     targets = [row.target for row in plan.rows]
     for name, tensor in theirs.tensors.items():
-        if targets.count(name) != 1 and not (name not in targets and tensor.role == "batch_count"):
+        may_lack = tensor.role == "batch_count" or name in plan.kept
+        if targets.count(name) != 1 and not (name not in targets and may_lack):
             raise MappingError(
                 f"the plan has {targets.count(name)} rows for the target's {name!r}; expected one: make it anew"
             )

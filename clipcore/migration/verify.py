@@ -125,7 +125,7 @@ def verify(
         _together(known.differences if known else (), seen),
         tuple(layers),
         tuple(describe(run.sample) for run in runs),
-        "" if ok else vacuous or _where(runs, allowed) + _reason(divergence, runs[0], why_none),
+        "" if ok else vacuous or _where(runs, allowed) + _reason(divergence, runs[0], known, why_none),
     )
 
 
@@ -264,9 +264,13 @@ def _hidden_error(ours: Side, theirs: Side, plan: Plan, run: _Run) -> float:
     return Comparison(ours, theirs, run.calls[0]).model_outputs(*outputs)
 
 
-def _reason(divergence: Divergence | None, run: _Run, why_none: str) -> str:
+def _reason(divergence: Divergence | None, run: _Run, known: Plan | None, why_none: str) -> str:
     if divergence is not None:
         return str(divergence)
+    if known and known.kept:
+        return (
+            f"all matched layers agree; the plan leaves {', '.join(map(repr, known.kept[:5]))} as the target has them"
+        )
     counts = [len(list(leaves(outputs))) for outputs in run.outputs]
     if counts[0] != counts[1]:
         return f"the source gives {counts[0]} outputs, the target {counts[1]}"

@@ -100,7 +100,7 @@ def test_a_tensor_of_another_shape_is_refused_with_its_shape_and_the_pattern():
         ROW.carry({})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 2}', '{"schema": 2, "rows": [{}]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 3}', '{"schema": 3, "rows": [{}]}'])
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, text):
     path = tmp_path / "plan.json"
     path.write_text(text)

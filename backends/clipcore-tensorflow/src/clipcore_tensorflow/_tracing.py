@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,9 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
     failures: list[BaseException] = []
     with ExitStack() as stack:
         stack.enter_context(running.remember(model))
-        stack.enter_context(running.put_back(_state(model, listed)))
+        state = _state(model, listed)
+        stack.enter_context(running.put_back(state))
+        _seed_anew(state)
         stack.enter_context(_eagerly())
         stack.enter_context(_unbuilt_refused(model, failures))
         if watcher is not None:
@@ -149,6 +152,17 @@ def _state(model: Any, listed: list[Listed]) -> list[tf.Variable]:
     return [variable for variable in unique.values() if not variable.trainable] + [
         state for key, state in remembered.items() if key not in unique or state.trainable
     ]
+
+
+_SEEDS = itertools.count(1)
+
+
+def _seed_anew(state: list[tf.Variable]) -> None:
+    """Random numbers of each run's own, so that a model which draws some shows it."""
+    seed = next(_SEEDS)
+    for variable in state:
+        if "seed_generator_state" in variable.name:
+            variable.assign(variable + tf.cast(seed, variable.dtype))
 
 
 def _name(model: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -119,9 +120,16 @@ def _module_by_module() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _random_state(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+_SEEDS = itertools.count()
+
+
+@contextlib.contextmanager
+def _random_state(model: nn.Module) -> Iterator[None]:
+    """Random numbers of each run's own, so that a model which draws some shows it; afterwards the user's go on."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    return torch.random.fork_rng([device.index for device in devices if device.type == "cuda"])
+    with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
+        torch.manual_seed(next(_SEEDS))
+        yield
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Call, Side
 from clipcore.mapping.plan import cut
-from clipcore.mapping.rows import fits, signature
+from clipcore.mapping.rows import fits, may_be, signature
 from clipcore.structure import in_order_of, leaves, map_leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -107,13 +107,19 @@ class Comparison:
 
     @cached_property
     def fitting(self) -> dict[str, list[str]]:
-        """For each layer of the target, the source's called layers whose tensors it can hold, in order of execution."""
+        """For each layer of the target, the source's called layers whose tensors it can hold, in order of execution,
+        those last of which one of the two is of no known kind.
+        """
         by_signature: dict[tuple[Any, ...], list[str]] = {}
         for name in self.calls_of:
             by_signature.setdefault(signature(self.ours.layers[name]), []).append(name)
-        return {
+        fitting = {
             name: [n for n in by_signature.get(signature(layer), ()) if fits(self.ours.layers[n], layer)]
             for name, layer in self.theirs.layers.items()
+        }
+        return {
+            name: found + [n for n in self.calls_of if may_be(self.ours.layers[n], self.theirs.layers[name])]
+            for name, found in fitting.items()
         }
 
     @cached_property
@@ -287,7 +293,10 @@ class Comparison:
         return found.error, self.expected(pair, ours, theirs, index)
 
     def model_outputs(self, ours: Any, theirs: Any) -> float:
-        """The largest relative error over the outputs, tensor by tensor, the channel axis where each side has it."""
+        """The largest relative error over the outputs that both give, tensor by tensor, the channel axis where each
+        side has it.
+        """
+        ours, theirs, _ = given_by_both(ours, theirs)
         first, second = [v for _, v in leaves(in_order_of(ours, theirs))], [v for _, v in leaves(theirs)]
         if len(first) != len(second):
             return math.inf
@@ -295,6 +304,20 @@ class Comparison:
             (agree(a, b).error for a, b in zip(first, second, strict=True)),
             default=0.0,
         )
+
+
+def given_by_both(ours: Any, theirs: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """Two models' outputs as far as both give them, and the names of those that one gives alone: of dicts that have
+    some names in common (a cache, hidden states). Outputs without names must be as many.
+    """
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return ours, theirs, ()
+    held = [[name for name, value in side.items() if any(leaves(value))] for side in (ours, theirs)]
+    shared = [name for name in held[1] if name in held[0]]
+    alone = tuple(str(name) for name in dict.fromkeys((*held[0], *held[1])) if name not in shared)
+    if not shared:
+        return ours, theirs, ()
+    return {name: ours[name] for name in shared}, {name: theirs[name] for name in shared}, alone
 
 
 def _channels_of(layer: Layer, side: Side) -> str:

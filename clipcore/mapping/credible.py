@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcore.errors import InvalidInput, MappingError
+from clipcore.errors import MappingError
 from clipcore.mapping.align import relative_error
 from clipcore.mapping.compare import tolerance
 from clipcore.mapping.models import Call, Side, record
@@ -36,7 +36,7 @@ def check_no_nan(calls: Sequence[Call]) -> None:
             place = f"in what its layer {call.layer!r} gives, although that takes none"
         else:
             continue
-        raise InvalidInput(f"the source computes NaN on this sample, first {place}: mend that, or give another sample")
+        raise MappingError(f"the source computes NaN on this sample, first {place}: mend that, or give another sample")
 
 
 def _has_nan(value: Any) -> bool:
@@ -49,7 +49,7 @@ def check_deterministic(side: Side, sample: Any, calls: Sequence[Call]) -> None:
     for call, other in zip(calls, again, strict=False):
         if not _same_values(call.inputs, other.inputs) or not _same_values(call.output, other.output):
             where = "takes" if not _same_values(call.inputs, other.inputs) else "gives"
-            raise InvalidInput(
+            raise MappingError(
                 f"the {side.which} is not deterministic: run twice on one sample, its layer {call.layer!r} {where} "
                 f"other values; make what draws random numbers (dropout that ignores inference mode, noise) obey it"
             )

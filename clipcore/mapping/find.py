@@ -69,9 +69,9 @@ def plan(
         The Plan: one row per tensor of the target, with evidence and reason.
     Raises:
         MappingError: the models share no layer, a layer has no counterpart, or several and nothing to tell them apart;
-            or, with `strict`, something other than execution or a rule settled an origin.
-        InvalidInput: no model, a sample that a model does not take or on which the source computes NaN, or a rule that
-            matches nothing.
+            a model draws random numbers, or the source computes NaN; or, with `strict`, something other than
+            execution or a rule settled an origin.
+        InvalidInput: no model, a sample that a model does not take, or a rule that matches nothing.
     """
     ours, theirs = Side(source, "source"), Side(target, "target")
     given = resolved(rules, ours, theirs, unmapped)
@@ -212,6 +212,7 @@ class _Search:
     def _run(self, choices: tuple[int, ...], excused: frozenset[str]) -> tuple[LockStep, str | None]:
         self._runs += 1
         step = LockStep(self._comparison, self.weights, choices, excused, self._bounds, self._given)
+        step.hold(self.unseen)
         try:
             outputs = self._comparison.theirs.run(self.sample, step)
         except Exception:

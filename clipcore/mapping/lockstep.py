@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
@@ -116,6 +116,11 @@ class LockStep:
     _used: set[int] = field(default_factory=set)
     _placed: set[tuple[str, Bounds]] = field(default_factory=set)
     _open: list[tuple[Match, int] | None] = field(default_factory=list)
+
+    def hold(self, layers: Iterable[str]) -> None:
+        """Take note of layers of the target that have their tensors already."""
+        for name in layers:
+            self._placed |= {place_of(tensor) for tensor in self.comparison.theirs.layers[name].tensors.values()}
 
     def before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         if layer not in self.comparison.theirs.layers:
@@ -336,7 +341,7 @@ class LockStep:
 
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match
-        self._placed |= {place_of(tensor) for tensor in self.comparison.theirs.layers[layer].tensors.values()}
+        self.hold([layer])
         rows = rows_between(
             self.comparison.ours.layers[match.source],
             self.comparison.theirs.layers[layer],

@@ -194,7 +194,8 @@ def parts_between(
         given: for tensors of the target that a rule names, the tensor of the source, and a pattern.
     """
     parts: dict[str, list[Part]] = {}
-    renamed = same_roles(source, target, given) if kind_of(target.kind) is None else {}
+    one_is_raw = kind_of(target.kind) is None or kind_of(source.kind) is None
+    renamed = same_roles(source, target, given) if one_is_raw else {}
     for role, tensor in target.tensors.items():
         if tensor.name in given:
             parts.setdefault(tensor.name, [given_part(source.name, target, role, *given[tensor.name])])
@@ -245,7 +246,7 @@ def _carried(made: Recipe, role: str, source: Layer, target: Layer, arrangement:
 def _pattern(
     source: Layer, target: Layer, origin: str, role: str, arrangement: Arrangement
 ) -> tuple[str, dict[str, int]]:
-    if kind_of(source.kind) is None:
+    if kind_of(source.kind) is None or kind_of(target.kind) is None:
         ours, theirs = source.tensors[origin].shape, target.tensors[role].shape
         return ("", {}) if ours == theirs else (f"{_axes(ours)} -> {_axes(theirs)}", {})
     if role in ("kernel.magnitude", "kernel.u", "kernel.v") and origin != role:
@@ -339,6 +340,19 @@ def fits(source: Layer, target: Layer) -> bool:
         return True
     dense = 1 in (source.settings["groups"], target.settings["groups"])
     return dense and "kernel" in source.tensors and "kernel" in target.tensors
+
+
+# kinds whose tensors every framework stores in one layout
+_ONE_LAYOUT = frozenset({"embedding", "batch_norm", "layer_norm", "group_norm", "rms_norm"})
+
+
+def may_be(source: Layer, target: Layer) -> bool:
+    """Whether one of two layers is of no known kind, and may be of the other's: it holds tensors of the same shapes.
+    What both compute must then tell.
+    """
+    kinds = {source.kind, target.kind}
+    ours, theirs = (sorted(tensor.shape for tensor in layer.tensors.values()) for layer in (source, target))
+    return "raw" in kinds and bool(kinds & _ONE_LAYOUT) and ours == theirs
 
 
 def describe_layer(layer: Layer) -> str:

@@ -20,7 +20,7 @@ from clipcore.mapping.given import Given
 from clipcore.mapping.lockstep import names_fit, place_of, plain_name
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Evidence
-from clipcore.mapping.rows import describe_layer, fits
+from clipcore.mapping.rows import describe_layer, fits, may_be
 from clipcore.structure import leaves
 
 _MOST_TRIALS = 64  # runs of the source to see what its outputs depend on
@@ -59,39 +59,53 @@ def place_unseen(
         MappingError: nothing settles an origin.
     """
     free = [name for name in ours.layers if name not in seen[0] and name not in given.layers.values()]
-    waiting = {name: theirs.layers[name] for name in _waiting(theirs, seen[1])}
+    waiting = {name: theirs.layers[name] for name in _waiting(ours, theirs, seen)}
     placed = {
         name: Unseen(given.layers[name], "given", "a rule of yours", False) for name in waiting if name in given.layers
     }
+    taken = set(given.layers.values())
     for name, layer in waiting.items():
         if name in placed or all(tensor.name in given.tensors for tensor in layer.tensors.values()):
             continue
-        candidates = [n for n in free if fits(ours.layers[n], layer)]
+        # a table that one model looks up by hand is a layer of the other's, which shows its calls
+        candidates = [n for n in free if fits(ours.layers[n], layer)] or [
+            n for n, other in ours.layers.items() if n not in taken and may_be(other, layer)
+        ]
         if given.keep and not candidates:
             continue
         rivals = [
             n
             for n, other in waiting.items()
-            if n not in placed and any(fits(ours.layers[c], other) for c in candidates)
+            if n not in placed and any(fits(ours.layers[c], other) or may_be(ours.layers[c], other) for c in candidates)
         ]
         origin, evidence, reason = _origin(name, layer, candidates, rivals, ours, dependence)
         placed[name] = Unseen(origin, evidence, reason, dependence.on(origin))
-        free.remove(origin)
+        free = [n for n in free if n != origin]
+        taken.add(origin)
     return placed
 
 
-def _waiting(theirs: Side, called: Collection[str]) -> Iterator[str]:
-    """The layers that the run does not call, and that hold a tensor which no called one holds."""
-    held = {place_of(tensor) for name in called for tensor in theirs.layers[name].tensors.values()}
+def _waiting(ours: Side, theirs: Side, seen: tuple[Collection[str], Collection[str]]) -> Iterator[str]:
+    """The layers that the run does not call, and that hold a tensor which no called one holds; and those called that no
+    call of the source can be, since it uses such a tensor by hand.
+    """
+    held = {place_of(tensor) for name in seen[1] for tensor in theirs.layers[name].tensors.values()}
+    by_hand = [layer for name, layer in ours.layers.items() if name not in seen[0]]
+    called = [ours.layers[name] for name in seen[0]]
     for name, layer in theirs.layers.items():
-        if name not in called and not all(place_of(tensor) in held for tensor in layer.tensors.values()):
+        if name not in seen[1]:
+            if not all(place_of(tensor) in held for tensor in layer.tensors.values()):
+                yield name
+        elif any(may_be(other, layer) for other in by_hand) and not any(
+            fits(other, layer) or may_be(other, layer) for other in called
+        ):
             yield name
 
 
 def _origin(
     name: str, layer: Layer, candidates: list[str], rivals: list[str], ours: Side, dependence: Dependence
 ) -> tuple[str, Evidence, str]:
-    same = [n for n in candidates if plain_name(n) == plain_name(name)]
+    same = [n for n in candidates if _one_ends_with_the_other(plain_name(n), plain_name(name))]
     fitting = same if len(same) == 1 else [n for n in candidates if names_fit(n, name)]
     if len(fitting) == 1:
         return fitting[0], "name", "no call shows it; the only name that fits"
@@ -107,6 +121,11 @@ def _origin(
         f"settles its origin (candidates: {', '.join(map(repr, candidates)) or 'none'}); give one that reaches it, or "
         f"rules=[(source, {name!r})]"
     )
+
+
+def _one_ends_with_the_other(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
+    length = min(len(first), len(second))
+    return first[-length:] == second[-length:]
 
 
 class Dependence:

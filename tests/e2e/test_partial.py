@@ -91,7 +91,7 @@ def test_a_source_that_draws_random_numbers_is_refused_and_the_users_go_on():
     inputs = keras.Input((5,))
     theirs = keras.Model(inputs, L.Dense(3, name="b")(L.Dense(6, name="a")(inputs)))
     before, state = contents(theirs), torch.get_rng_state()
-    with pytest.raises(cc.InvalidInput, match=r"the source is not deterministic.*'2' takes other values"):
+    with pytest.raises(cc.MappingError, match=r"the source is not deterministic.*'2' takes other values"):
         cc.plan(ours, theirs, sample=SAMPLE)
     assert torch.equal(state, torch.get_rng_state())
     assert_bitwise_equal(before, contents(theirs))
@@ -114,7 +114,7 @@ def test_a_target_that_draws_random_numbers_is_refused():
     hidden = Noisy()(L.Dense(6, name="a")(inputs))
     theirs = keras.Model(inputs, L.Dense(3, name="b")(hidden))
     before = contents(theirs)
-    with pytest.raises(cc.InvalidInput, match=r"the target is not deterministic.*'b' takes other values"):
+    with pytest.raises(cc.MappingError, match=r"the target is not deterministic.*'b' takes other values"):
         cc.plan(ours, theirs, sample=SAMPLE)
     assert_bitwise_equal(before, contents(theirs))
 
@@ -140,5 +140,5 @@ def test_nan_on_the_way_is_refused_with_the_layer_where_it_starts(model, message
     hidden = L.Dense(6)(inputs)
     if isinstance(ours[1], nn.BatchNorm1d):
         hidden = L.BatchNormalization()(hidden)
-    with pytest.raises(cc.InvalidInput, match=message):
+    with pytest.raises(cc.MappingError, match=message):
         cc.plan(ours, keras.Model(inputs, L.Dense(3)(hidden)), sample=SAMPLE)

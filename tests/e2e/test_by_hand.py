@@ -1,0 +1,117 @@
+"""What one author takes from the framework and the other writes by hand: tables, norms; and outputs with names."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+from e2e_models import assert_proven_throughout, randomised
+from torch import nn
+
+import clipcore as cc
+
+L = keras.layers
+IDS = np.random.default_rng(1).integers(0, 11, (3, 5))
+
+
+class TorchTable(nn.Module):
+    """A table of its own, a norm of a class of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm, self.out = nn.Parameter(torch.zeros(11, 6)), TorchNorm(), nn.Linear(6, 4)
+
+    def forward(self, ids):
+        return self.out(self.norm(self.words[ids]))
+
+
+class TorchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-3) + self.bias
+
+
+def torch_layers():
+    return nn.Sequential(nn.Embedding(11, 6), nn.LayerNorm(6, eps=1e-3), nn.Linear(6, 4))
+
+
+class KerasTable(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = L.LayerNormalization(epsilon=1e-3), L.Dense(4)
+
+    def build(self, shape):
+        self.words = self.add_weight(shape=(11, 6), name="words")
+        self.norm.build((*shape, 6))
+        self.out.build((*shape, 6))
+        self.built = True
+
+    def call(self, ids):
+        return self.out(self.norm(keras.ops.take(self.words, ids, axis=0)))
+
+
+def keras_table():
+    model = KerasTable()
+    model(IDS)
+    return model
+
+
+def keras_layers():
+    inputs = keras.Input((5,), dtype="int64")
+    return keras.Model(inputs, L.Dense(4)(L.LayerNormalization(epsilon=1e-3)(L.Embedding(11, 6)(inputs))))
+
+
+MODELS = {"torch by hand": TorchTable, "torch": torch_layers, "Keras by hand": keras_table, "Keras": keras_layers}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("torch by hand", "Keras"),
+        ("Keras", "torch by hand"),
+        ("torch", "Keras by hand"),
+        ("Keras by hand", "torch"),
+        ("torch by hand", "Keras by hand"),
+    ],
+)
+def test_what_one_writes_by_hand_is_the_others_layer(source, target):
+    models = randomised(MODELS[source](), 1), randomised(MODELS[target](), 2)
+    if isinstance(models[0], nn.Module):
+        models[0].eval()
+    assert_proven_throughout(*models, IDS)
+
+
+def test_another_computation_of_the_same_shapes_is_not_called_proven():
+    class Affine(TorchNorm):
+        def forward(self, x):
+            return self.weight * x + self.bias
+
+    source = randomised(nn.Sequential(nn.Embedding(11, 6), Affine(), nn.Linear(6, 4)), 1)
+    plan = cc.plan(source, keras_layers(), sample=IDS)
+    assert {row.evidence for row in plan.rows if row.source_layer == "1"} == {"structure"}
+
+
+class Named(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.first, self.second, self.names = nn.Linear(6, 4), nn.Linear(4, 3), names
+
+    def forward(self, x):
+        hidden = self.first(x)
+        outputs = {"hidden": hidden, "scores": self.second(hidden)}
+        return {name: outputs[name] for name in self.names}
+
+
+def test_outputs_that_one_model_alone_gives_are_named_and_the_others_compared():
+    source, target = randomised(Named("scores"), 1), randomised(Named("hidden", "scores"), 2)
+    sample = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
+    cc.migrate(source, target, sample=sample)
+    check = cc.verify(source, target, sample=sample)
+    assert check.ok
+    assert check.left_out == ("hidden",)
+    assert "one model alone gives hidden" in str(check)
+    target.second.bias.data += 1
+    assert not cc.verify(source, target, sample=sample).ok

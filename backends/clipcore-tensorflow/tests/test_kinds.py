@@ -376,7 +376,7 @@ RECURRENT: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "SimpleRNN": lambda layers, more: layers.SimpleRNN(3, **more),
     "RNN of LSTMCell": lambda layers, more: layers.RNN(layers.LSTMCell(3), **more),
     "RNN of GRUCell": lambda layers, more: layers.RNN(layers.GRUCell(3), **more),
-    "RNN of SimpleRNNCell": lambda layers, more: layers.RNN(layers.SimpleRNNCell(3, activation="relu"), **more),
+    "RNN of SimpleRNNCell": lambda layers, more: layers.RNN(layers.SimpleRNNCell(3, activation="sigmoid"), **more),
 }
 
 

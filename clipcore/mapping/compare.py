@@ -293,10 +293,10 @@ class Comparison:
         return found.error, self.expected(pair, ours, theirs, index)
 
     def model_outputs(self, ours: Any, theirs: Any) -> float:
-        """The largest relative error over the outputs that both give, tensor by tensor, the channel axis where each
-        side has it.
+        """The largest relative error over the outputs that can be compared, tensor by tensor, the channel axis where
+        each side has it.
         """
-        ours, theirs, _ = given_by_both(ours, theirs)
+        ours, theirs, _ = without_opaque(ours, theirs)
         first, second = [v for _, v in leaves(in_order_of(ours, theirs))], [v for _, v in leaves(theirs)]
         if len(first) != len(second):
             return math.inf
@@ -306,18 +306,18 @@ class Comparison:
         )
 
 
-def given_by_both(ours: Any, theirs: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """Two models' outputs as far as both give them, and the names of those that one gives alone: of dicts that have
-    some names in common (a cache, hidden states). Outputs without names must be as many.
+def without_opaque(ours: Any, theirs: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """Two models' outputs without what one of them gives as an object that nothing can be compared with (a cache), and
+    the names of those. Whatever else one gives and the other does not remains, and is a difference.
     """
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return ours, theirs, ()
-    held = [[name for name, value in side.items() if any(leaves(value))] for side in (ours, theirs)]
-    shared = [name for name in held[1] if name in held[0]]
-    alone = tuple(str(name) for name in dict.fromkeys((*held[0], *held[1])) if name not in shared)
-    if not shared:
+    both = [name for name in theirs if name in ours]
+    opaque = [name for name in both if any(leaves(ours[name])) != any(leaves(theirs[name]))]
+    if len(opaque) == len(both):
         return ours, theirs, ()
-    return {name: ours[name] for name in shared}, {name: theirs[name] for name in shared}, alone
+    first, second = ({name: side[name] for name in side if name not in opaque} for side in (ours, theirs))
+    return first, second, tuple(map(str, opaque))
 
 
 def _channels_of(layer: Layer, side: Side) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ from clipcore.mapping.align import relative_error
 from clipcore.mapping.compare import tolerance
 from clipcore.mapping.models import Call, Side, record
 from clipcore.mapping.plan import Plan
-from clipcore.mapping.rows import describe_layer, signature
+from clipcore.mapping.rows import describe_layer, may_be, signature
 from clipcore.structure import leaves
 
 
 def check_something_shared(ours: Side, theirs: Side) -> None:
+    """Refuse two models of which no layer of one can be a layer of the other."""
     signatures = [{signature(layer) for layer in side.layers.values()} for side in (ours, theirs)]
-    if not signatures[0] & signatures[1]:
+    layers = ours.layers.values(), theirs.layers.values()
+    if not signatures[0] & signatures[1] and not any(may_be(first, second) for first, second in product(*layers)):
         first, second = next(iter(ours.layers.values())), next(iter(theirs.layers.values()))
         raise MappingError(
             f"the models share no layer of one kind and shape: the source begins with {first.name!r} "
@@ -47,12 +50,13 @@ def check_deterministic(side: Side, sample: Any, calls: Sequence[Call]) -> None:
     """Refuse a model that computes something else each time: nothing that it gives could be compared."""
     again, _ = record(side, sample)
     for call, other in zip(calls, again, strict=False):
-        if not _same_values(call.inputs, other.inputs) or not _same_values(call.output, other.output):
-            where = "takes" if not _same_values(call.inputs, other.inputs) else "gives"
-            raise MappingError(
-                f"the {side.which} is not deterministic: run twice on one sample, its layer {call.layer!r} {where} "
-                f"other values; make what draws random numbers (dropout that ignores inference mode, noise) obey it"
-            )
+        places = {"takes": (call.inputs, other.inputs), "gives": (call.output, other.output)}
+        for what, values in places.items():
+            if not _same_values(*values):
+                raise MappingError(
+                    f"the {side.which} is not deterministic: run twice on one sample, its layer {call.layer!r} {what} "
+                    f"other values; make what draws random numbers (dropout that ignores inference mode, noise) obey it"
+                )
 
 
 def _same_values(ours: Any, theirs: Any) -> bool:

@@ -58,7 +58,6 @@ def place_unseen(
     Raises:
         MappingError: nothing settles an origin.
     """
-    free = [name for name in ours.layers if name not in seen[0] and name not in given.layers.values()]
     waiting = {name: theirs.layers[name] for name in _waiting(ours, theirs, seen)}
     placed = {
         name: Unseen(given.layers[name], "given", "a rule of yours", False) for name in waiting if name in given.layers
@@ -67,9 +66,10 @@ def place_unseen(
     for name, layer in waiting.items():
         if name in placed or all(tensor.name in given.tensors for tensor in layer.tensors.values()):
             continue
+        free = {n: other for n, other in ours.layers.items() if n not in taken}
         # a table that one model looks up by hand is a layer of the other's, which shows its calls
-        candidates = [n for n in free if fits(ours.layers[n], layer)] or [
-            n for n, other in ours.layers.items() if n not in taken and may_be(other, layer)
+        candidates = [n for n, other in free.items() if n not in seen[0] and fits(other, layer)] or [
+            n for n, other in free.items() if may_be(other, layer)
         ]
         if given.keep and not candidates:
             continue
@@ -80,7 +80,6 @@ def place_unseen(
         ]
         origin, evidence, reason = _origin(name, layer, candidates, rivals, ours, dependence)
         placed[name] = Unseen(origin, evidence, reason, dependence.on(origin))
-        free = [n for n in free if n != origin]
         taken.add(origin)
     return placed
 
@@ -105,10 +104,10 @@ def _waiting(ours: Side, theirs: Side, seen: tuple[Collection[str], Collection[s
 def _origin(
     name: str, layer: Layer, candidates: list[str], rivals: list[str], ours: Side, dependence: Dependence
 ) -> tuple[str, Evidence, str]:
-    same = [n for n in candidates if _one_ends_with_the_other(plain_name(n), plain_name(name))]
-    fitting = same if len(same) == 1 else [n for n in candidates if names_fit(n, name)]
-    if len(fitting) == 1:
-        return fitting[0], "name", "no call shows it; the only name that fits"
+    for is_like in (_equal, _one_ends_with_the_other, names_fit):
+        fitting = [n for n in candidates if is_like(n, name)]
+        if len(fitting) == 1:
+            return fitting[0], "name", "no call shows it; the only name that fits"
     if candidates and len(candidates) == len(rivals) and all(map(dependence.on, candidates)):
         alone = len(candidates) == 1
         return (
@@ -123,7 +122,12 @@ def _origin(
     )
 
 
-def _one_ends_with_the_other(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
+def _equal(source: str, target: str) -> bool:
+    return plain_name(source) == plain_name(target)
+
+
+def _one_ends_with_the_other(source: str, target: str) -> bool:
+    first, second = plain_name(source), plain_name(target)
     length = min(len(first), len(second))
     return first[-length:] == second[-length:]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipcore.errors import InvalidInput, MappingError
 from clipcore.mapping.align import is_exact, relative_error
-from clipcore.mapping.compare import Comparison, given_by_both
+from clipcore.mapping.compare import Comparison, without_opaque
 from clipcore.mapping.find import plan as find_plan
 from clipcore.mapping.models import (
     Call,
@@ -52,7 +52,8 @@ class Verification:
         differences: settings in which matched layers differ.
         layers: the matched layers' agreement, in the target's order of execution.
         shapes: shapes of the samples that were tried.
-        left_out: names of outputs that one of the models gives alone, so that nothing can be said of them.
+        left_out: names of outputs that one of the models gives as an object of a class of its own (a cache), so that
+            they cannot be compared.
         reason: one sentence where not ok.
     """
 
@@ -76,7 +77,11 @@ class Verification:
         return (
             f"{verdict}; relative error {self.max_rel_error:.1e}, noise floor {self.noise_floor:.1e}, "
             f"samples of shape {', '.join(self.shapes)}"
-            + (f"; one model alone gives {', '.join(self.left_out)}" if self.left_out else "")
+            + (
+                f"; not compared, since one model gives no tensors for it: {', '.join(self.left_out)}"
+                if self.left_out
+                else ""
+            )
         )
 
 
@@ -129,7 +134,7 @@ def verify(
         tuple(layers),
         tuple(describe(run.sample) for run in runs),
         "" if ok else vacuous or _where(runs, allowed) + _reason(divergence, runs[0], known, why_none),
-        given_by_both(*runs[0].outputs)[2],
+        without_opaque(*runs[0].outputs)[2],
     )
 
 
@@ -275,7 +280,7 @@ def _reason(divergence: Divergence | None, run: _Run, known: Plan | None, why_no
         return (
             f"all matched layers agree; the plan leaves {', '.join(map(repr, known.kept[:5]))} as the target has them"
         )
-    counts = [len(list(leaves(outputs))) for outputs in given_by_both(*run.outputs)[:2]]
+    counts = [len(list(leaves(outputs))) for outputs in without_opaque(*run.outputs)[:2]]
     if counts[0] != counts[1]:
         return f"the source gives {counts[0]} outputs, the target {counts[1]}"
     if why_none:

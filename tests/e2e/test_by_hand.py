@@ -94,24 +94,37 @@ def test_another_computation_of_the_same_shapes_is_not_called_proven():
     assert {row.evidence for row in plan.rows if row.source_layer == "1"} == {"structure"}
 
 
+class Cache:
+    """What a model gives beside tensors, of a class of its own."""
+
+
 class Named(nn.Module):
-    def __init__(self, *names):
+    def __init__(self, **further):
         super().__init__()
-        self.first, self.second, self.names = nn.Linear(6, 4), nn.Linear(4, 3), names
+        self.first, self.second, self.further = nn.Linear(6, 4), nn.Linear(4, 3), further
 
     def forward(self, x):
         hidden = self.first(x)
-        outputs = {"hidden": hidden, "scores": self.second(hidden)}
-        return {name: outputs[name] for name in self.names}
+        named = {name: hidden if what == "hidden" else Cache() for name, what in self.further.items()}
+        return {"scores": self.second(hidden), **named}
 
 
-def test_outputs_that_one_model_alone_gives_are_named_and_the_others_compared():
-    source, target = randomised(Named("scores"), 1), randomised(Named("hidden", "scores"), 2)
-    sample = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
-    cc.migrate(source, target, sample=sample)
-    check = cc.verify(source, target, sample=sample)
+NAMED_SAMPLE = np.random.default_rng(1).standard_normal((3, 6)).astype(np.float32)
+
+
+def test_an_output_that_one_model_gives_as_an_object_is_named_and_the_others_compared():
+    source, target = randomised(Named(past="object"), 1), randomised(Named(past="hidden"), 2)
+    cc.migrate(source, target, sample=NAMED_SAMPLE)
+    check = cc.verify(source, target, sample=NAMED_SAMPLE)
     assert check.ok
-    assert check.left_out == ("hidden",)
-    assert "one model alone gives hidden" in str(check)
+    assert check.left_out == ("past",)
+    assert "not compared, since one model gives no tensors for it: past" in str(check)
     target.second.bias.data += 1
-    assert not cc.verify(source, target, sample=sample).ok
+    assert not cc.verify(source, target, sample=NAMED_SAMPLE).ok
+
+
+def test_an_output_that_one_model_lacks_is_a_difference():
+    source, target = randomised(Named(past="hidden"), 1), randomised(Named(), 1)
+    check = cc.verify(source, target, sample=NAMED_SAMPLE)
+    assert not check.ok
+    assert "the source gives 2 outputs, the target 1" in check.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -121,6 +122,16 @@ class Comparison:
             name: found + [n for n in self.calls_of if may_be(self.ours.layers[n], self.theirs.layers[name])]
             for name, found in fitting.items()
         }
+
+    def shares_tensors(self, layer: str) -> bool:
+        """Whether a layer of the target has a stored tensor, or a part of one, in common with another."""
+        return any(self._holders[tensor.name] > 1 for tensor in self.theirs.layers[layer].tensors.values())
+
+    @cached_property
+    def _holders(self) -> Counter[str]:
+        """How many layers of the target hold each of its stored tensors."""
+        layers = self.theirs.layers.values()
+        return Counter(name for layer in layers for name in {tensor.name for tensor in layer.tensors.values()})
 
     @cached_property
     def _ranks(self) -> list[list[Ranks]]:

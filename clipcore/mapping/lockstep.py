@@ -84,6 +84,19 @@ class Tie(NamedTuple):
     chosen: int
 
 
+class Opened(NamedTuple):
+    """One call of the target: the match of its layer, the source's call that it is, and whether that one's inputs were
+    put in the place of its own.
+    """
+
+    match: Match
+    call: int
+    put_in: bool
+
+
+Choices = tuple[tuple[str, str], ...]  # of each tie in turn, the target's layer and its origin
+
+
 @dataclass
 class LockStep:
     """The watcher of one run of the target.
@@ -92,30 +105,39 @@ class LockStep:
     layers in the target, and equal ones may be one there.
 
     Attributes:
-        choices: for each tie in turn, which of its options to take; the first where none is given.
-        excused: layers that may see another input than their origin, or give another output.
-        given: the origins that rules name.
+        choices: for layers with several possible origins, which one to take; the first where none is given.
+        excused: layers that may see another input than their origin, or give another output; one that does is added
+            where no tie is open that could be the cause.
         bounds: for each call of the target in turn, the largest error of its input that is no contradiction.
+        given: the origins that rules name.
+        decided: by the choices before a tie, and its layer, the origin that no other choice needs to be tried for.
+        written: what the target's layers hold from runs before, so that it is not written again.
         served: layers of the source of which a call was met.
         kept: layers that ran as they are, since they have no counterpart.
+        choices_made: of the ties in turn.
+        opened: what each call of the target in turn was; None where its tensors were in their place already.
         errors: for each call of the target in turn, the error of its input; 0 where it was excused.
     """
 
     comparison: Comparison
     weights: Mapping[str, Array]
-    choices: Sequence[int] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
     excused: frozenset[str] = frozenset()
     bounds: Sequence[float] = ()
     given: Given = field(default_factory=Given)
+    decided: Mapping[tuple[Choices, str], str] = field(default_factory=dict)
+    written: dict[str, tuple[str, Arrangement]] = field(default_factory=dict)
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
+    choices_made: Choices = ()
+    opened: list[Opened | None] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
     _placed: set[tuple[str, Bounds]] = field(default_factory=set)
-    _open: list[tuple[Match, int] | None] = field(default_factory=list)
+    _open: list[Opened | None] = field(default_factory=list)
 
     def hold(self, layers: Iterable[str]) -> None:
         """Take note of layers of the target that have their tensors already."""
@@ -146,9 +168,8 @@ class LockStep:
         if not names and (self.given.keep or self._is_placed(layer)):
             if not self._is_placed(layer):
                 self.kept.add(layer)
-            self._open.append(None)
             self.errors.append(0.0)
-            return None
+            return self._take(None, inputs)
         found = self._same_input(layer, names, inputs)
         error = 0.0
         if known and found:
@@ -158,8 +179,10 @@ class LockStep:
             match, index = self._choose(layer, found)
             self._check_order(layer, found[match.source][0], index, inputs)
             error = match.input_error
-        elif layer in self.excused or layer in self.given.layers:
+        elif layer in self.excused or layer in self.given.layers or self._all_decided():
             match, index = self._by_structure(layer, inputs)
+            if layer not in self.given.layers:
+                self.excused |= {layer}
         else:
             raise Contradiction(layer)
         if not self.within_bound(error, self.comparison.calls[index].inputs, inputs):
@@ -169,18 +192,30 @@ class LockStep:
             match = known
         else:
             self._bind(layer, match)
-        self._used.add(index)
-        self.served.add(self.comparison.calls[index].layer)
-        self._open.append((match, index))
-        if found:
+        return self._take(Opened(match, index, put_in=not found), inputs)
+
+    def _take(self, opened: Opened | None, inputs: list[Array]) -> list[Array] | None:
+        """Take note of a call that begins; the inputs that are put in, if any."""
+        self._open.append(opened)
+        self.opened.append(opened)
+        if opened is None:
             return None
-        return _converted(self.comparison.calls[index].inputs, inputs, match.arrangement)
+        call = self.comparison.calls[opened.call]
+        self._used.add(opened.call)
+        self.served.add(call.layer)
+        return _converted(call.inputs, inputs, opened.match.arrangement) if opened.put_in else None
+
+    def _all_decided(self) -> bool:
+        """Whether no other choice could be the cause of what is seen."""
+        return not self.bounds and all(
+            (self.choices_made[:turn], tie.target) in self.decided for turn, tie in enumerate(self.ties)
+        )
 
     def _after(self, layer: str, output: Any) -> Any | None:
         opened = self._open.pop()
         if opened is None:
             return None
-        match, index = opened
+        match, index, _ = opened
         replaced, error = self.comparison.layer_outputs(index, layer, output)
         if error <= tolerance(self.comparison.calls[index].output, output):
             pair = self.comparison.ours.layers[match.source], self.comparison.theirs.layers[layer]
@@ -255,11 +290,11 @@ class LockStep:
 
     def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
         options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))
-        chosen = 0
+        wanted = self.choices.get(layer, self.decided.get((self.choices_made, layer)))
+        chosen = options.index(wanted) if wanted in options else 0
         if len(options) > 1:
-            turn = len(self.ties)
-            chosen = self.choices[turn] if turn < len(self.choices) else 0
             self.ties.append(Tie(layer, tuple(options), chosen))
+            self.choices_made = (*self.choices_made, (layer, options[chosen]))
         agreement, index = found[options[chosen]]
         match = Match(
             options[chosen],
@@ -342,6 +377,8 @@ class LockStep:
     def _bind(self, layer: str, match: Match) -> None:
         self.matches[layer] = match
         self.hold([layer])
+        if self.written.get(layer) == (match.source, match.arrangement):
+            return
         rows = rows_between(
             self.comparison.ours.layers[match.source],
             self.comparison.theirs.layers[layer],
@@ -350,6 +387,8 @@ class LockStep:
         )
         theirs = self.comparison.theirs
         theirs.backend.write(theirs.model, values_for(rows, theirs.tensors, self.weights, theirs.copies))
+        if not self.comparison.shares_tensors(layer):
+            self.written[layer] = match.source, match.arrangement
 
 
 def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arrangement) -> list[Array] | None:

@@ -148,6 +148,23 @@ def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
     return recorder.calls, outputs
 
 
+class _Names(set[str]):
+    """A watcher that notes which layers are called."""
+
+    def before(self, layer: str, inputs: list[Array]) -> None:
+        self.add(layer)
+
+    def after(self, layer: str, output: Any) -> None:
+        pass
+
+
+def called(side: Side, sample: Any) -> Collection[str]:
+    """The names of the layers that a model calls on a sample."""
+    names = _Names()
+    side.run(sample, names)
+    return names & side.layers.keys()
+
+
 def comparable(outputs: Any) -> Any:
     """A model's outputs with its plain numbers and texts as arrays; any other object, a cache say, is left out."""
     return map_leaves(_comparable, outputs)

@@ -198,18 +198,29 @@ def verify(
     plan_file: PlanFile = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Look for every difference, and test what may be its cause.")
+    ] = False,
+    report: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Explain, and write a page with both models' layers side by side."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Run both models and say whether they compute the same, else where they part and why."""
     with session(as_json=as_json, debug=debug) as running:
+        if report:
+            check_output(report)
         x = parse_sample(_needed(sample), seed)
         known = cc.Plan.load(plan_file) if plan_file else None
         source_model = _load(running, source, source_weights)
         target_model = _load(running, target, target_weights)
         with running.step("verifying"):
-            check = cc.verify(source_model, target_model, sample=x, plan=known)
+            check = cc.verify(source_model, target_model, sample=x, plan=known, explain=explain or bool(report))
+        if report:
+            check.save_html(report)
         running.answer(check.to_dict(), *views.differences(check), *views.verification(check))
         if not check.ok:
             raise typer.Exit(NOT_VERIFIED)

@@ -68,7 +68,7 @@ def verification(check: Any) -> Iterator[Table | Text]:
 def differences(found: Any) -> Iterator[Text]:
     """The settings in which matched layers differ, of a plan or a verification."""
     for difference in found.differences:
-        yield Text(f"Difference: {difference}")
+        yield Text(f"Difference{' (tested)' if difference.tested else ''}: {difference}")
 
 
 def listed(found: Sequence[Any]) -> Iterator[Text]:

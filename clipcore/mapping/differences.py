@@ -30,6 +30,12 @@ _REMEDIES = {
     "groups": "build the target's layer with {source} groups",
     "momentum": "it acts in training alone; in the target's own convention, give it the source's value",
     "bias": "build the target's layer with a bias",
+    "input": "an operation without weights before it (pooling, activation, padding, reshaping) is not the same",
+    "training": "run the target's layer in inference mode: let nothing pass training=True to it",
+    "activation before it": "give the target the activation {source} before this layer",
+    "pooling": "pool in the target with {source}",
+    "preprocessing": "leave it out of the target, or give the source's sample through the same",
+    "scale before it": "leave it out of the target",
     "scale": "build the target's layer with a scale",
 }
 # An activation may stand inside a layer here and behind it there: then a differing one is no difference.
@@ -50,7 +56,7 @@ def differences_between(
     if kind is None:
         return []
     found = [
-        _difference(target.name, role, "present", "absent")
+        difference(target.name, role, "present", "absent")
         for role in source.tensors
         if role in kind.optional and role not in target.tensors and role in _REMEDIES
     ]
@@ -62,7 +68,7 @@ def differences_between(
             continue
         ours, theirs = (_setting(layer, setting, source, call) for layer in (source, target))
         if not _equal(ours, theirs) and _acts(setting, source, target):
-            found.append(_difference(target.name, setting, ours, theirs))
+            found.append(difference(target.name, setting, ours, theirs))
     return found
 
 
@@ -72,9 +78,11 @@ def _acts(setting: str, source: Layer, target: Layer) -> bool:
     return setting != "count_include_pad" or any(padding == "same" or any(map(any, padding)) for padding in paddings)
 
 
-def _difference(layer: str, setting: str, source: Any, target: Any) -> Difference:
+def difference(layer: str, setting: str, source: Any, target: Any, *, tested: bool = False) -> Difference:
+    """A difference, with what would mend it in words."""
     remedy = _REMEDIES.get(setting)
-    return Difference(layer, setting, source, target, remedy.format(source=source) if remedy else None)
+    repair = remedy.format(source=source) if remedy else None
+    return Difference(layer, setting, source, target, repair, tested=tested)
 
 
 def _setting(layer: Layer, setting: str, source: Layer, call: Call | None) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from clipcore.backend import Bounds
-from clipcore.errors import InvalidInput, MappingError
+from clipcore.errors import MappingError
+from clipcore.files import write_whole
 from clipcore.mapping.kinds import base_role
 from clipcore.mapping.layouts import apply_pattern
 from clipcore.mapping.operations import OPERATIONS, compute, formula
@@ -227,6 +227,7 @@ class Difference:
         source, target: the two values; equal where no value tells the difference.
         repair: what would make up for it, in one sentence; None where nothing is known to.
         repaired: whether the plan does that.
+        tested: whether computing with the two values gave what the two models give.
     """
 
     layer: str
@@ -235,6 +236,7 @@ class Difference:
     target: Any
     repair: str | None = None
     repaired: bool = False
+    tested: bool = False
 
     def __post_init__(self) -> None:
         # JSON has no tuples: a plan that was read is equal to the one that was saved
@@ -293,17 +295,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: the same bytes for the same plan, and the old file or the new one, whole."""
         text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        part = Path(f"{path}.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        except OSError as err:
-            raise InvalidInput(
-                f"the plan cannot be written to {path}: {err}; name a file in a folder that is there"
-            ) from err
-        finally:
-            with suppress(OSError):
-                part.unlink()
+        write_whole(path, text, "the plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipcore.errors import InvalidInput, MappingError
+from clipcore.files import write_whole
 from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison, without_opaque
 from clipcore.mapping.find import plan as find_plan
@@ -29,7 +31,9 @@ from clipcore.mapping.plan import Difference, Plan
 from clipcore.mapping.rows import values_for
 from clipcore.migration.apply import check_fits
 from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers, stale_rows
+from clipcore.migration.explain import explained
 from clipcore.migration.limited import as_limited
+from clipcore.migration.side_by_side import Step
 from clipcore.structure import leaves, map_leaves, plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -52,6 +56,7 @@ class Verification:
         differences: settings in which matched layers differ.
         layers: the matched layers' agreement, in the target's order of execution.
         shapes: shapes of the samples that were tried.
+        steps: with `explain`, every call of a layer in both, with its agreement.
         left_out: names of outputs that one of the models gives as an object of a class of its own (a cache), so that
             they cannot be compared.
         reason: one sentence where not ok.
@@ -66,11 +71,28 @@ class Verification:
     shapes: tuple[str, ...]
     reason: str = ""
     left_out: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain values, for JSON: NaN and infinities are None."""
         result: dict[str, Any] = plain(asdict(self))
         return result
+
+    def to_html(self) -> str:
+        """A whole page, without anything from elsewhere: the verdict, the differences, and, with `explain`, both
+        models' layers side by side with their agreement.
+        """
+        from clipcore.migration.report import page  # here, since few ask for it
+
+        return page(self)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write that page: the old file or the new one, whole.
+
+        Raises:
+            InvalidInput: it cannot be written there.
+        """
+        write_whole(path, self.to_html(), "the report")
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else f"not ok: {self.reason}"
@@ -86,7 +108,13 @@ class Verification:
 
 
 def verify(
-    source: Any, target: Any, sample: Any, plan: Plan | None = None, *, target_sample: Any = None
+    source: Any,
+    target: Any,
+    sample: Any,
+    plan: Plan | None = None,
+    *,
+    explain: bool = False,
+    target_sample: Any = None,
 ) -> Verification:
     """Whether the target computes what the source computes, and where not. Both models stay bitwise what they are.
 
@@ -96,6 +124,9 @@ def verify(
         plan: the plan by which the target got its weights; left out, one is sought. A plan from a limited migration
             (`result.plan`) compares against the source as limited; where the source cannot hold what the limit left
             (it ties two tensors, or lacks one), that tensor is checked by itself, and both run without the limit on it.
+        explain: whether to look for every difference and its cause: the target runs beside the source, the source's
+            values are put in where it differs, and what may be the cause is tested by computing with it. The
+            differences of which that is true have `tested`.
     Returns:
         A Verification.
     Raises:
@@ -118,9 +149,10 @@ def verify(
         worst = worst_run.error
         found = compare_layers(ours, theirs, known, stale, *worst_run.calls) if known else ([], None, [])
         layers, divergence, seen = found
+        allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)
+        steps, causes = _explained(ours, theirs, known, worst_run, allowed) if explain and known else ((), None)
         if plan:
             worst = max(worst, _hidden_error(ours, theirs, plan, runs[0]))
-    allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)
     # Whoever gives a plan claims that it was applied: then every tensor and every proven layer must bear it out, since
     # one sample's outputs can hide a fault.
     vacuous = _says_nothing(runs[0].outputs[0], proven_otherwise=plan is not None)
@@ -130,11 +162,12 @@ def verify(
         worst,
         floor,
         None if ok else divergence,
-        _together(known.differences if known else (), seen),
+        _with_causes(_together(known.differences if known else (), seen), causes),
         tuple(layers),
         tuple(describe(run.sample) for run in runs),
         "" if ok else vacuous or _where(runs, allowed) + _reason(divergence, runs[0], known, why_none),
         without_opaque(*runs[0].outputs)[2],
+        tuple(steps),
     )
 
 
@@ -143,6 +176,24 @@ def _together(known: Sequence[Difference], seen: Sequence[Difference]) -> tuple[
     listed = {(difference.layer, difference.setting) for difference in known}
     fresh = {(d.layer, d.setting): d for d in seen if (d.layer, d.setting) not in listed}
     return (*known, *fresh.values())
+
+
+def _explained(
+    ours: Side, theirs: Side, plan: Plan, run: _Run, allowed: float
+) -> tuple[Sequence[Step], Sequence[Difference]]:
+    origin = {target: source for source, target in plan.layer_pairs}
+    return explained(Comparison(ours, theirs, run.calls[0], run.sample), run.target_sample, origin, allowed)
+
+
+def _with_causes(listed: Sequence[Difference], causes: Sequence[Difference] | None) -> tuple[Difference, ...]:
+    """The differences that settings show, with what was found by running both."""
+    if causes is None:
+        return tuple(listed)
+    found = {(cause.layer, cause.setting): cause for cause in causes}
+    # where another input was noted, the causes say why
+    kept = [d for d in listed if d.setting != "input"]
+    tested = [replace(d, tested=found.pop((d.layer, d.setting), d).tested) for d in kept]
+    return (*tested, *found.values())
 
 
 def _where(runs: Sequence[_Run], allowed: float) -> str:

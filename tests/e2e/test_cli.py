@@ -26,6 +26,8 @@ def build(seed=0, classes=5):
 
 def other(): return build(seed=1)
 
+def more_classes(): return build(classes=7)
+
 def poisoned():
     model = build()
     with torch.no_grad():
@@ -137,6 +139,30 @@ def test_verify_says_with_exit_code_1_that_two_models_differ(run):
 
     assert answer.exit_code == NOT_VERIFIED, answer.stderr
     assert "Not verified" in answer.stdout
+
+
+def test_verify_explains_what_differs_and_writes_a_page_of_it(run, tmp_path):
+    target = "tensorflow:cli_nets_keras:other_slope"
+    answer = run("verify", B, target, *SAMPLE, "--explain", "--report", "report.html", "--json")
+    assert answer.exit_code == NOT_VERIFIED
+    check = json.loads(answer.stdout)
+    tested = [(d["setting"], d["source"], d["target"]) for d in check["differences"] if d["tested"]]
+    assert tested == [("activation before it", "relu", "leaky_relu with slope 0.5")]
+    assert check["steps"]
+    page = (tmp_path / "report.html").read_text()
+    assert "activation before it" in page
+    text = run("verify", B, target, *SAMPLE, "--explain").stdout
+    assert "Difference (tested): " in " ".join(text.split())
+    assert run("verify", B, target, *SAMPLE, "--report", "none/report.html").exit_code == BAD_INPUT
+
+
+def test_parts_that_one_model_lacks_are_kept_on_request_and_strict_takes_proof_alone(run):
+    other = "torch:cli_nets_torch:more_classes"
+    assert run("plan", B, other, *SAMPLE).exit_code == BAD_INPUT
+    answer = run("plan", B, other, *SAMPLE, "--unmapped", "keep", "--strict", "--json")
+    assert answer.exit_code == OK
+    assert json.loads(answer.stdout)["kept"]
+    assert run("plan", B, other, *SAMPLE, "--unmapped", "drop").exit_code == BAD_INPUT
 
 
 def test_migrate_to_a_model_that_differs_writes_it_and_says_what_differs(run):

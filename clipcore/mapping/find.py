@@ -14,7 +14,7 @@ from clipcore.mapping.compare import Comparison
 from clipcore.mapping.credible import check_deterministic, check_no_nan, check_something_shared, check_strictly
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.given import Rule, resolved
-from clipcore.mapping.models import Side, as_arrays, none_taken, record, target_samples, written
+from clipcore.mapping.models import Side, as_arrays, none_taken, record, target_samples, two_sides, written
 from clipcore.mapping.plan import Part, Plan
 from clipcore.mapping.repairs import TOGETHER
 from clipcore.mapping.rows import values_for
@@ -57,7 +57,7 @@ def plan(
             execution or a rule settled an origin.
         InvalidInput: no model, a sample that a model does not take, or a rule that matches nothing.
     """
-    ours, theirs = Side(source, "source"), Side(target, "target")
+    ours, theirs = two_sides(source, target)
     given = resolved(rules, ours, theirs, unmapped)
     check_something_shared(ours, theirs)
     sample = as_arrays(sample)

@@ -14,6 +14,7 @@ import numpy as np
 from clipcore.backend import Layer, TracingBackend
 from clipcore.errors import ClipcoreError, InvalidInput
 from clipcore.mapping.align import moved
+from clipcore.mapping.apart import Apart, Parts, fused
 from clipcore.mapping.kinds import base_role, kernel_role
 from clipcore.mapping.plan import cut
 from clipcore.plugins import backend_of
@@ -62,8 +63,15 @@ class Side:
         if not self.layers:
             raise InvalidInput(f"the {which} ({type(model).__name__}) has no layer that owns tensors: nothing to map")
 
+        self._fused: Parts = {}
         parts = [t for layer in self.layers.values() for t in layer.tensors.values()]
         self.tensors = {t.name: replace(t, shape=t.stored_shape, within=(), whole=()) for t in parts}
+
+    def take_apart(self, parts: Parts) -> None:
+        """From now on these layers are their parts."""
+        self._fused = parts
+        whole = list(self.layers.values())
+        self.layers = {part.name: part for layer in whole for part in parts.get(layer.name, (layer,))}
 
     @property
     def channels(self) -> str:
@@ -73,6 +81,8 @@ class Side:
 
     def run(self, sample: Any, watcher: Any = None) -> Any:
         """The outputs on `sample`, as far as they can be compared; a failure names the sample's shape."""
+        if watcher is not None and self._fused:
+            watcher = Apart(watcher, self._fused)
         try:
             return comparable(self.backend.run(self.model, sample, watcher))
         except ClipcoreError as err:
@@ -130,6 +140,15 @@ def _tracing_backend(model: Any, which: str) -> TracingBackend:
         )
     tracing: TracingBackend = backend
     return tracing
+
+
+def two_sides(source: Any, target: Any) -> tuple[Side, Side]:
+    """Both models, in the same layers: those that one has fused are taken apart."""
+    ours, theirs = Side(source, "source"), Side(target, "target")
+    found = [list(side.layers.values()) for side in (ours, theirs)]
+    ours.take_apart(fused(*found))
+    theirs.take_apart(fused(*reversed(found)))
+    return ours, theirs
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from clipcore.mapping.models import (
     none_taken,
     record,
     target_samples,
+    two_sides,
     written,
 )
 from clipcore.mapping.plan import Difference, Plan
@@ -133,7 +134,7 @@ def verify(
         InvalidInput: no model, or a sample that a model does not take.
         MappingError: the plan is for other models.
     """
-    ours, theirs = Side(source, "source"), Side(target, "target")
+    ours, theirs = two_sides(source, target)
     sample = as_arrays(sample)
     given = None if target_sample is None else as_arrays(target_sample)
     if plan is not None:

@@ -387,7 +387,8 @@ class TrainingBackend(Backend, Protocol):
 class Watcher(Protocol):
     """Sees a model run, layer by layer, in order of execution; may replace what flows.
 
-    It is told of layers and operations, by the names that `layers` and `operations` give them.
+    It is told of layers and operations, by the names that `layers` and `operations` give them. The arrays are its own:
+    nothing writes into them later.
     """
 
     def before(self, layer: str, inputs: list[np.ndarray]) -> list[np.ndarray] | None:

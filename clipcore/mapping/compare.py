@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +28,12 @@ from clipcore.mapping.align import (
     resembling,
 )
 from clipcore.mapping.differences import explicit_padding
+from clipcore.mapping.fingerprints import Fingerprints
 from clipcore.mapping.kinds import kind_of
+from clipcore.mapping.layouts import axis_sizes
 from clipcore.mapping.models import Call, Side
 from clipcore.mapping.plan import cut
-from clipcore.mapping.rows import fits, may_be, signature
+from clipcore.mapping.rows import holds, may_be, signature
 from clipcore.structure import in_order_of, leaves, map_leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,38 +57,6 @@ def as_close(error: float, closest: float, ours: Any, theirs: Any) -> bool:
     arrays = [value for _, value in leaves([ours, theirs]) if isinstance(value, np.ndarray)]
     eps = max((_EPS.get(value.dtype.name, _DEFAULT_EPS) for value in arrays), default=_DEFAULT_EPS)
     return error <= max(4 * eps, 8 * closest)
-
-
-class Ranks(NamedTuple):
-    """Order statistics of a value, which no rearrangement changes: where two differ, the values do, by as much.
-
-    Attributes:
-        size: the number of elements.
-        values: the smallest element, the largest and some between; none where they are few, or have no order.
-    """
-
-    size: int
-    values: Array
-
-    @classmethod
-    def of(cls, value: Array) -> Ranks:
-        """Those of an array."""
-        if value.dtype.kind not in "fV" or value.size < _RANKS:
-            return cls(value.size, np.empty(0))
-        wide = value.astype(np.float64).ravel()
-        places = np.linspace(0, wide.size - 1, _RANKS).astype(int)
-        ranks = np.partition(wide, places)[places]
-        return cls(value.size, ranks if np.isfinite(ranks).all() else np.empty(0))
-
-    def may_be(self, other: Ranks, allowed: float) -> bool:
-        """Whether the two values may be the same up to a relative error; of another size, one may be padded."""
-        if self.size != other.size or len(self.values) != len(other.values):
-            return True
-        largest = np.abs(self.values).max(initial=0.0)
-        return bool((np.abs(self.values - other.values) <= allowed * largest).all())
-
-
-_RANKS = 9
 
 
 @dataclass(frozen=True)
@@ -115,7 +85,7 @@ class Comparison:
         for name in self.calls_of:
             by_signature.setdefault(signature(self.ours.layers[name]), []).append(name)
         fitting = {
-            name: [n for n in by_signature.get(signature(layer), ()) if fits(self.ours.layers[n], layer)]
+            name: [n for n in by_signature.get(signature(layer), ()) if holds(self.ours.layers[n], layer)]
             for name, layer in self.theirs.layers.items()
         }
         return {
@@ -134,18 +104,21 @@ class Comparison:
         return Counter(name for layer in layers for name in {tensor.name for tensor in layer.tensors.values()})
 
     @cached_property
-    def _ranks(self) -> list[list[Ranks]]:
-        return [list(map(Ranks.of, call.inputs)) for call in self.calls]
+    def _fingerprints(self) -> Fingerprints:
+        inputs = [call.inputs for call in self.calls]
+        return Fingerprints(inputs, [tolerance(values, ()) for values in inputs])
 
-    def may_agree(self, index: int, theirs: Sequence[Ranks], allowed: float) -> bool:
-        """Whether the inputs of call `index` may be these, in any arrangement, as far as order statistics tell.
+    def alike(self, places: Sequence[int], theirs: Sequence[Array]) -> list[int]:
+        """Those of the source's calls at these places that may have these inputs, as far as fingerprints tell."""
+        return self._fingerprints.alike(places, theirs, tolerance(theirs, ()))
 
-        Args:
-            theirs: of the other inputs.
-            allowed: the relative error up to which they are the same.
-        """
-        ours = self._ranks[index]
-        return len(ours) == len(theirs) and all(a.may_be(b, allowed) for a, b in zip(ours, theirs, strict=True))
+    @cached_property
+    def of_same_sizes(self) -> dict[str, frozenset[str]]:
+        """For each layer of the target, those of `fitting` whose axes have the lengths that settings tell as well."""
+        sizes = [{name: axis_sizes(layer) for name, layer in side.layers.items()} for side in (self.ours, self.theirs)]
+        return {
+            name: frozenset(n for n in names if sizes[0][n] == sizes[1][name]) for name, names in self.fitting.items()
+        }
 
     def expected(self, pair: tuple[str, str], value: Array, theirs: Array, index: int) -> Arrangement | None:
         """How a layer of the target holds what a layer of the source holds where the values differ: by where both have

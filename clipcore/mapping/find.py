@@ -62,10 +62,11 @@ def plan(
     check_something_shared(ours, theirs)
     sample = as_arrays(sample)
     hiding = ours.hiding()
-    with written(ours, hiding), theirs.restored():
+    held = ours.backend.holding(source), theirs.backend.holding(target)
+    with held[0], held[1], written(ours, hiding), theirs.restored():
         calls, outputs = record(ours, sample)
         check_no_nan(calls)
-        weights = ours.copies(ours.tensors)
+        weights = ours.backend.read(source, list(ours.tensors))
         forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
         search = Search(Comparison(ours, theirs, calls, sample), outputs, weights, given)
         try:

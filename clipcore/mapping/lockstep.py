@@ -20,10 +20,9 @@ import numpy as np
 from clipcore.backend import Bounds, Layer, Tensor
 from clipcore.errors import MappingError
 from clipcore.mapping.align import SAME, Agreement, Arrangement
-from clipcore.mapping.compare import Comparison, Ranks, as_close, tolerance
+from clipcore.mapping.compare import Comparison, as_close, tolerance
 from clipcore.mapping.given import Given
 from clipcore.mapping.kinds import kind_of
-from clipcore.mapping.layouts import axis_sizes
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import cut
 from clipcore.mapping.rows import describe_layer, rows_between, signature, values_for
@@ -136,6 +135,7 @@ class LockStep:
     errors: list[float] = field(default_factory=list)
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
+    _finished: set[str] = field(default_factory=set)  # layers of which every call was met
     _placed: set[tuple[str, Bounds]] = field(default_factory=set)
     _open: list[Opened | None] = field(default_factory=list)
 
@@ -202,6 +202,8 @@ class LockStep:
             return None
         call = self.comparison.calls[opened.call]
         self._used.add(opened.call)
+        if self._used.issuperset(self.comparison.calls_of[call.layer]):
+            self._finished.add(call.layer)
         self.served.add(call.layer)
         return _converted(call.inputs, inputs, opened.match.arrangement) if opened.put_in else None
 
@@ -237,15 +239,12 @@ class LockStep:
         if layer in self.given.layers:
             return [self.given.layers[layer]]
         reserved = set(self.given.layers.values())
-        names = [n for n in self.comparison.fitting[layer] if n not in reserved and self._has_calls_left(n)]
-        wanted, known = self.comparison.theirs.layers[layer], self.matches.get(layer)
+        names = [n for n in self.comparison.fitting[layer] if n not in reserved and n not in self._finished]
+        known = self.matches.get(layer)
         if known is None:
-            alike = [n for n in names if axis_sizes(self.comparison.ours.layers[n]) == axis_sizes(wanted)]
-            return alike or names
+            same_sizes = self.comparison.of_same_sizes[layer]
+            return [n for n in names if n in same_sizes] or names
         return [known.source, *(name for name in names if name != known.source and self._equal(name, known.source))]
-
-    def _has_calls_left(self, name: str) -> bool:
-        return not self._used.issuperset(self.comparison.calls_of[name])
 
     def _equal(self, first: str, second: str) -> bool:
         """Whether two layers of the source hold the same tensors."""
@@ -268,14 +267,12 @@ class LockStep:
         best: dict[str, tuple[Agreement, int]] = {}
         # calls that were met already come last: they count for a layer that is called more often in the target
         known = self.matches.get(layer)
-        ranks = list(map(Ranks.of, inputs))
-        calls = sorted(index for name in names for index in self.comparison.calls_of.get(name, ()))
-        for index in sorted(calls, key=self._used.__contains__):
+        calls = [index for name in names for index in self.comparison.calls_of.get(name, ())]
+        if known is None:
+            calls = [index for index in calls if index not in self._used]
+        alike = self.comparison.alike(calls, inputs)
+        for index in sorted(alike, key=lambda index: (index in self._used, index)):
             call = self.comparison.calls[index]
-            if index in self._used and known is None:
-                continue
-            if not self.comparison.may_agree(index, ranks, tolerance(call.inputs, inputs)):
-                continue
             agreement = self.comparison.inputs(index, layer, inputs)
             nearest = best[call.layer][0].error if call.layer in best else math.inf
             if agreement.error <= tolerance(call.inputs, inputs) and agreement.error < nearest:

@@ -43,14 +43,14 @@ class Recorder:
     def before(self, layer: str, inputs: list[Array]) -> None:
         if layer not in self.layers:
             return
-        call = Call(layer, [np.array(value) for value in inputs])
+        call = Call(layer, list(inputs))
         self.calls.append(call)
         self._open.append(call)
 
     def after(self, layer: str, output: Any) -> None:
         if layer not in self.layers:
             return
-        self._open.pop().output = map_leaves(np.array, output)
+        self._open.pop().output = output
 
 
 class Side:

@@ -331,8 +331,11 @@ def fits(source: Layer, target: Layer) -> bool:
     """Whether the target's layer can hold what the source's does: both of one signature, and a grouped kernel in one
     with as many groups, or none, or the other way round, if the dense one mixes no groups.
     """
-    if signature(source) != signature(target):
-        return False
+    return signature(source) == signature(target) and holds(source, target)
+
+
+def holds(source: Layer, target: Layer) -> bool:
+    """The same of two layers whose signatures are known to be equal."""
     if source.kind == "prelu":
         ours, theirs = (canonical_shape(layer, "slope") for layer in (source, target))
         return theirs in (ours, (1,)) or ours == (1,)
@@ -351,8 +354,10 @@ def may_be(source: Layer, target: Layer) -> bool:
     What both compute must then tell.
     """
     kinds = {source.kind, target.kind}
+    if "raw" not in kinds or not kinds & _ONE_LAYOUT:
+        return False
     ours, theirs = (sorted(tensor.shape for tensor in layer.tensors.values()) for layer in (source, target))
-    return "raw" in kinds and bool(kinds & _ONE_LAYOUT) and ours == theirs
+    return ours == theirs
 
 
 def describe_layer(layer: Layer) -> str:

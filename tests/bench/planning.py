@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    sys.setrecursionlimit(20_000)  # Keras walks the graph of a functional model by recursion
     text = "# Finding a plan, measured\n\nWritten by tests/bench/planning.py: times in ms, memory in MB.\n\n"
     titles = ["pair", "source", "target", "copy", "plan", "of the measure", "passes", "memory of the weights"]
     text += table(titles, [measured(name, make(), options.repeat) for name, make in PAIRS.items()])

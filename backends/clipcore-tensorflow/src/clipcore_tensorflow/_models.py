@@ -14,7 +14,7 @@ import tensorflow as tf
 from clipcore.errors import InvalidInput
 from clipcore.structure import leaves
 from clipcore_tensorflow._keras import check_keras, is_keras_3, is_keras_model, is_layer
-from clipcore_tensorflow._layers import describe
+from clipcore_tensorflow._layers import Listed, describe, describe_all
 from clipcore_tensorflow._tensors import Array, dtype_name, is_variable, tf_variable, to_array, to_own_tensor
 
 WEIGHT_FILES = (".weights.h5", ".keras", ".h5")
@@ -24,11 +24,12 @@ _BUFFERS = ("running", "kernel.u")  # roles of tensors that no optimizer trains
 
 
 class Running:
-    """The models that run just now: their tables, so that a watcher's reads and writes do not walk the model each
-    time, and their variables as they shall be after each run.
+    """The models that run just now: their layers and tables, so that neither a run nor a watcher's reads and writes
+    walk the model each time, and their variables as they shall be after each run.
     """
 
     def __init__(self) -> None:
+        self._listed: dict[int, list[Listed]] = {}
         self._tables: dict[int, dict[str, tf.Variable]] = {}
         self._states: list[dict[int, tuple[tf.Variable, tf.Tensor]]] = []
 
@@ -36,12 +37,13 @@ class Running:
     def remember(self, model: Any) -> Iterator[None]:
         outermost = id(model) not in self._tables
         if outermost:
-            self._tables[id(model)] = _table(model)
+            self._listed[id(model)] = describe_all(model)
+            self._tables[id(model)] = _table(self._listed[id(model)])
         try:
             yield
         finally:
             if outermost:
-                del self._tables[id(model)]
+                del self._tables[id(model)], self._listed[id(model)]
 
     @contextmanager
     def put_back(self, variables: Iterable[tf.Variable]) -> Iterator[None]:
@@ -64,15 +66,16 @@ class Running:
                     state[id(variable)] = variable, variable.value()
 
     def table(self, model: Any) -> dict[str, tf.Variable]:
-        return self._tables[id(model)] if id(model) in self._tables else _table(model)
+        return self._tables[id(model)] if id(model) in self._tables else _table(describe(model))
+
+    def listed(self, model: Any) -> list[Listed]:
+        return self._listed[id(model)] if id(model) in self._listed else describe_all(model)
 
 
-def _table(model: Any) -> dict[str, tf.Variable]:
-    """The variables of a model by the names of its tensors."""
+def _table(described: list[Listed]) -> dict[str, tf.Variable]:
+    """The variables of a model's layers by the names of its tensors."""
     return {
-        tensor.name: listed.variables[role]
-        for listed in describe(model)
-        for role, tensor in listed.layer.tensors.items()
+        tensor.name: listed.variables[role] for listed in described for role, tensor in listed.layer.tensors.items()
     }
 
 

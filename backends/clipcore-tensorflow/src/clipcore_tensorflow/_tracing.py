@@ -17,7 +17,7 @@ from clipcore.backend import Watcher
 from clipcore.errors import ClipcoreError, InvalidInput
 from clipcore.structure import leaves, map_leaves
 from clipcore_tensorflow._keras import is_keras_model, is_layer, libraries
-from clipcore_tensorflow._layers import Listed, describe_all
+from clipcore_tensorflow._layers import Listed
 from clipcore_tensorflow._models import Running
 from clipcore_tensorflow._tensors import is_variable, tf_variable
 from clipcore_tensorflow._walk import every_layer
@@ -30,11 +30,11 @@ def run(model: Any, sample: Any, watcher: Watcher | None, running: Running) -> A
     Keras layers are watched through their `call`, modules through their `__call__`; a module without one is not, nor
     is a layer that is called inside a traced loop.
     """
-    listed = describe_all(model)
     args, kwargs = arguments(model, sample)
     failures: list[BaseException] = []
     with ExitStack() as stack:
         stack.enter_context(running.remember(model))
+        listed = running.listed(model)
         state = _state(model, listed)
         stack.enter_context(running.put_back(state))
         _seed_anew(state)

@@ -15,8 +15,9 @@ from clipcore.mapping.differences import difference, differences_between
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.given import Given
 from clipcore.mapping.lockstep import LockStep, Match, place_of
-from clipcore.mapping.models import Call, Side
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Difference, Evidence, Part, Plan, Row, cut
+from clipcore.mapping.recording import Call
 from clipcore.mapping.repairs import Pair, Parts, repair_together, repaired
 from clipcore.mapping.rows import describe_layer, given_part, parts_between
 from clipcore.mapping.unseen import Unseen

@@ -31,8 +31,9 @@ from clipcore.mapping.differences import explicit_padding
 from clipcore.mapping.fingerprints import Fingerprints
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.layouts import axis_sizes
-from clipcore.mapping.models import Call, Side
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import cut
+from clipcore.mapping.recording import Call
 from clipcore.mapping.rows import holds, may_be, signature
 from clipcore.structure import in_order_of, leaves, map_leaves, rebuild
 

@@ -11,8 +11,9 @@ import numpy as np
 from clipcore.errors import MappingError
 from clipcore.mapping.align import relative_error
 from clipcore.mapping.compare import tolerance
-from clipcore.mapping.models import Call, Side, record
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Plan
+from clipcore.mapping.recording import Call, record
 from clipcore.mapping.rows import describe_layer, may_be, signature
 from clipcore.structure import leaves
 

@@ -10,8 +10,8 @@ from clipcore.backend import Layer
 from clipcore.mapping import reference
 from clipcore.mapping.kinds import kernel_role, kind_of
 from clipcore.mapping.layouts import canonical_shape
-from clipcore.mapping.models import Call
 from clipcore.mapping.plan import Difference
+from clipcore.mapping.recording import Call
 
 _REMEDIES = {
     "eps": "build the target's layer with eps={source}",

@@ -14,8 +14,9 @@ from clipcore.mapping.compare import Comparison
 from clipcore.mapping.credible import check_deterministic, check_no_nan, check_something_shared, check_strictly
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.given import Rule, resolved
-from clipcore.mapping.models import Side, as_arrays, none_taken, record, target_samples, two_sides, written
+from clipcore.mapping.models import Side, as_arrays, none_taken, target_samples, two_sides, written
 from clipcore.mapping.plan import Part, Plan
+from clipcore.mapping.recording import record
 from clipcore.mapping.repairs import TOGETHER
 from clipcore.mapping.rows import values_for
 from clipcore.mapping.search import Search, contradicted

@@ -10,7 +10,8 @@ import numpy as np
 
 from clipcore.errors import InvalidInput
 from clipcore.mapping.align import relative_error
-from clipcore.mapping.models import Call, Side
+from clipcore.mapping.models import Side
+from clipcore.mapping.recording import Call
 from clipcore.structure import leaves
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
@@ -21,36 +21,6 @@ from clipcore.plugins import backend_of
 from clipcore.structure import leaves, map_leaves, rebuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass
-class Call:
-    """One call of one layer: what flowed in and out."""
-
-    layer: str
-    inputs: list[Array]
-    output: Any = None
-
-
-@dataclass
-class Recorder:
-    """A watcher that keeps every call of these layers, in order of execution."""
-
-    layers: Collection[str]
-    calls: list[Call] = field(default_factory=list)
-    _open: list[Call] = field(default_factory=list)
-
-    def before(self, layer: str, inputs: list[Array]) -> None:
-        if layer not in self.layers:
-            return
-        call = Call(layer, list(inputs))
-        self.calls.append(call)
-        self._open.append(call)
-
-    def after(self, layer: str, output: Any) -> None:
-        if layer not in self.layers:
-            return
-        self._open.pop().output = output
 
 
 class Side:
@@ -158,30 +128,6 @@ def written(side: Side, values: Mapping[str, Array]) -> Iterator[None]:
         if values:
             side.backend.write(side.model, values)
         yield
-
-
-def record(side: Side, sample: Any) -> tuple[list[Call], Any]:
-    """The calls of a model's layers on a sample, and its outputs."""
-    recorder = Recorder(side.layers)
-    outputs = side.run(sample, recorder)
-    return recorder.calls, outputs
-
-
-class _Names(set[str]):
-    """A watcher that notes which layers are called."""
-
-    def before(self, layer: str, inputs: list[Array]) -> None:
-        self.add(layer)
-
-    def after(self, layer: str, output: Any) -> None:
-        pass
-
-
-def called(side: Side, sample: Any) -> Collection[str]:
-    """The names of the layers that a model calls on a sample."""
-    names = _Names()
-    side.run(sample, names)
-    return names & side.layers.keys()
 
 
 def comparable(outputs: Any) -> Any:

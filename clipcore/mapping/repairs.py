@@ -16,8 +16,8 @@ import numpy as np
 from clipcore.backend import Bounds, Layer, Tensor
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.layouts import unit_axes
-from clipcore.mapping.models import Call
 from clipcore.mapping.plan import Difference, Part, Term
+from clipcore.mapping.recording import Call
 
 Parts = dict[tuple[str, Bounds], Part]  # of the target's tensors, by name and place
 

@@ -15,8 +15,9 @@ from clipcore.mapping.assembly import alone
 from clipcore.mapping.compare import Comparison, as_close, tolerance
 from clipcore.mapping.given import Given
 from clipcore.mapping.lockstep import Choices, Contradiction, LockStep, Tie, names_fit
-from clipcore.mapping.models import Side, called
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Evidence, Row
+from clipcore.mapping.recording import called
 from clipcore.mapping.rows import rows_between, values_for
 from clipcore.mapping.trials import Trial, rounds
 from clipcore.mapping.unseen import Dependence, Unseen, place_unseen

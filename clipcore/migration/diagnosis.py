@@ -13,8 +13,9 @@ from clipcore.mapping.align import Agreement
 from clipcore.mapping.compare import Comparison
 from clipcore.mapping.differences import differences_between
 from clipcore.mapping.kinds import kind_of
-from clipcore.mapping.models import Call, Side
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Difference, Plan, Row, cut
+from clipcore.mapping.recording import Call
 from clipcore.mapping.rows import values_for
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -11,8 +11,9 @@ from einops import rearrange
 from clipcore.backend import Layer
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.layouts import apply_pattern, canonical_layout, sizes_of
-from clipcore.mapping.models import Call, Side
+from clipcore.mapping.models import Side
 from clipcore.mapping.plan import cut
+from clipcore.mapping.recording import Call
 from clipcore.mapping.reference import ACTIVATIONS, FORWARD
 
 Array = np.ndarray[Any, np.dtype[Any]]

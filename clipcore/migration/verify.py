@@ -17,18 +17,17 @@ from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison, without_opaque
 from clipcore.mapping.find import plan as find_plan
 from clipcore.mapping.models import (
-    Call,
     Side,
     as_arrays,
     comparable,
     describe,
     none_taken,
-    record,
     target_samples,
     two_sides,
     written,
 )
 from clipcore.mapping.plan import Difference, Plan
+from clipcore.mapping.recording import Call, record
 from clipcore.mapping.rows import values_for
 from clipcore.migration.apply import check_fits
 from clipcore.migration.diagnosis import Divergence, LayerAgreement, compare_layers, stale_rows

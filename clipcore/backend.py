@@ -294,6 +294,7 @@ class Layer:
             projection) lists each of them, under names that begin with its own.
         kind: a word of `clipcore.mapping.kinds.KINDS`; "raw" for tensors of a class that no rule describes.
         why: for "raw", why no rule describes it, for a message ("an LSTM with projections").
+        bare: whether its tensors are used without a call that a watcher is told of.
     """
 
     name: str
@@ -301,6 +302,7 @@ class Layer:
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
+    bare: bool = False
 
 
 def no_settings(layer: Any) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class LockStep:
         decided: by the choices before a tie, and its layer, the origin that no other choice needs to be tried for.
         written: what the target's layers hold from runs before, so that it is not written again.
         served: layers of the source of which a call was met.
+        called: layers of the target of which a call was met.
         kept: layers that ran as they are, since they have no counterpart.
         choices_made: of the ties in turn.
         opened: what each call of the target in turn was; None where its tensors were in their place already.
@@ -129,6 +130,7 @@ class LockStep:
     matches: dict[str, Match] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     choices_made: Choices = ()
     opened: list[Opened | None] = field(default_factory=list)
@@ -147,6 +149,7 @@ class LockStep:
     def before(self, layer: str, inputs: list[Array]) -> list[Array] | None:
         if layer not in self.comparison.theirs.layers:
             return None
+        self.called.add(layer)
         try:
             return self._before(layer, inputs)
         except Exception as err:

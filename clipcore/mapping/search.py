@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -41,7 +41,7 @@ class Search:
 
     def __init__(self, comparison: Comparison, outputs: Any, weights: Mapping[str, Array], given: Given) -> None:
         self._comparison, self._outputs, self.weights, self._given = comparison, outputs, weights, given
-        self._dependence = Dependence(comparison.ours, comparison.sample, outputs)
+        self._dependence = Dependence(comparison, outputs)
         self.unseen: Mapping[str, Unseen] = {}
         self.sample: Any = None
         self._bounds: Sequence[float] = ()
@@ -58,8 +58,7 @@ class Search:
         for form in forms:
             self.sample = form
             try:
-                self._place_unseen(form)
-                found.append((self._with_excuses(), form))
+                found.append((self._on(form), form))
             except (InvalidInput, MappingError) as err:
                 failures.append(err)
                 continue
@@ -70,16 +69,35 @@ class Search:
             raise next((err for err in failures if isinstance(err, MappingError)), failures[0])
         step, self.sample = min(found, key=lambda pair: contradicted(pair[0]))
         if step is not found[-1][0]:
-            self._place_unseen(self.sample)
+            self._on(self.sample)
         self._known = True
         step = self._refined(step)
         return step, self._settle(step)
 
-    def _place_unseen(self, form: Any) -> None:
+    def _on(self, form: Any) -> LockStep:
+        """The run on one form of the sample."""
+        theirs = self._comparison.theirs
+        assumed = {name for name, layer in theirs.layers.items() if not layer.bare}
+        failure: MappingError | None = None
+        try:
+            # a run of the target would tell what is called; most models call all that they can
+            self._place_unseen(assumed)
+            step = self._with_excuses()
+            if step.called == assumed:
+                return step
+        except MappingError as err:
+            failure = err
+        actual = called(theirs, form)
+        if failure and actual == assumed:
+            raise failure
+        self._place_unseen(actual)
+        return self._with_excuses()
+
+    def _place_unseen(self, shown: Collection[str]) -> None:
         """Find the origins of what no call shows, and write it into the target."""
         ours, theirs = self._comparison.ours, self._comparison.theirs
         self._decided, self._written = {}, {}
-        seen = {call.layer for call in self._comparison.calls}, called(theirs, form)
+        seen = {call.layer for call in self._comparison.calls}, shown
         self.unseen = place_unseen(ours, theirs, seen, self._given, self._dependence)
         for name, place in self.unseen.items():
             rows = rows_between(ours.layers[place.source], theirs.layers[name], SAME, self._given.tensors)

@@ -6,9 +6,8 @@ proven where the source's outputs depend on them and everything that is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,16 @@ import numpy as np
 from clipcore.backend import Layer
 from clipcore.errors import MappingError
 from clipcore.mapping.align import relative_error
+from clipcore.mapping.compare import Comparison
 from clipcore.mapping.given import Given
 from clipcore.mapping.lockstep import names_fit, place_of, plain_name
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Evidence
+from clipcore.mapping.recording import Call
 from clipcore.mapping.rows import describe_layer, fits, may_be
 from clipcore.structure import leaves
 
+_OTHER = 1e-6  # the relative error up to which a device may give other last bits
 _MOST_TRIALS = 64  # runs of the source to see what its outputs depend on
 
 
@@ -33,7 +35,7 @@ class Unseen:
     Attributes:
         source: the layer of the source.
         evidence, reason: what places it.
-        matters: whether the source's outputs depend on it, so that agreement proves it.
+        matters: whether what the source computes depends on it, so that agreement proves it.
     """
 
     source: str
@@ -44,7 +46,7 @@ class Unseen:
     def judged(self, agreed: bool) -> tuple[Evidence, str]:
         """The evidence and reason once it is known whether everything that was computed agreed."""
         if self.evidence != "given" and self.matters and agreed:
-            return "proven", "no call shows it; the outputs depend on it, and everything computed with it agrees"
+            return "proven", "no call shows it; what follows depends on it, and everything computed with it agrees"
         return self.evidence, self.reason
 
 
@@ -133,11 +135,11 @@ def _one_ends_with_the_other(source: str, target: str) -> bool:
 
 
 class Dependence:
-    """Whether the source's outputs depend on a layer's tensors."""
+    """Whether anything that the source computes with other layers, or its outputs, depends on a layer's tensors."""
 
-    def __init__(self, ours: Side, sample: Any, outputs: Any) -> None:
-        self._run: Callable[[], Any] = partial(ours.run, sample)
-        self._ours, self._outputs = ours, outputs
+    def __init__(self, comparison: Comparison, outputs: Any) -> None:
+        self._comparison, self._outputs = comparison, outputs
+        self._ours = comparison.ours
         self._known: dict[str, bool] = {}
 
     def on(self, layer: str) -> bool:
@@ -151,9 +153,41 @@ class Dependence:
         with self._ours.restored(names):
             changed = {name: _changed(array) for name, array in self._ours.copies(names).items()}
             self._ours.backend.write(self._ours.model, changed)
-            outputs = self._run()
+            watcher = _Until(iter(self._comparison.calls), self._ours.layers)
+            try:
+                outputs = self._ours.run(self._comparison.sample, watcher)
+            except Exception:
+                if watcher.differs:
+                    return True
+                raise
         pairs = zip(leaves(self._outputs), leaves(outputs), strict=True)
         return any(relative_error(np.asarray(a), np.asarray(b)) > 0 for (_, a), (_, b) in pairs)
+
+
+@dataclass
+class _Until:
+    """A watcher that ends the run where a layer takes something else than it took."""
+
+    calls: Iterator[Call]
+    layers: Collection[str]
+    differs: bool = False
+
+    def before(self, layer: str, inputs: list[np.ndarray[Any, Any]]) -> None:
+        if layer not in self.layers:
+            return
+        call = next(self.calls, None)
+        expected = call.inputs if call is not None and call.layer == layer else []
+        pairs = zip(expected, inputs, strict=False)
+        if len(expected) != len(inputs) or any(relative_error(a, b) > _OTHER for a, b in pairs):
+            self.differs = True
+            raise _EndError
+
+    def after(self, layer: str, output: Any) -> None:
+        pass
+
+
+class _EndError(Exception):
+    pass
 
 
 def _changed(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -109,7 +109,7 @@ def _bare(node: Node, name: str, variable: Any, paths: Counter[str], names: _Nam
     plain = tf_variable(variable)
     tensor = _tensor(names.of(plain, place), Block(name, "..."), plain)
     why = f"a tensor of a {type(node.owner).__name__}'s own"
-    return Listed(Layer(place, "raw", {name: tensor}, {}, why), node.owner, {name: plain}, None)
+    return Listed(Layer(place, "raw", {name: tensor}, {}, why, bare=True), node.owner, {name: plain}, None)
 
 
 def _tensor(name: str, block: Block, variable: tf.Variable) -> Tensor:

@@ -150,7 +150,7 @@ def _bare(name: str, module: nn.Module, held: Mapping[str, Tensor], names: Names
     for path, tensor in held.items():
         what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
         reason = why or f"a bare {what} of {named(class_of(module))}, whose call does not say where it is used"
-        yield Layer(joined(name, path), "raw", {path: names.describe(tensor, path, "...")}, why=reason)
+        yield Layer(joined(name, path), "raw", {path: names.describe(tensor, path, "...")}, why=reason, bare=True)
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

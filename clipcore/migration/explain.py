@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -70,21 +71,29 @@ def _same(first: Array, second: Array) -> bool:
 
 def _of_output(comparison: Comparison, step: Step, theirs: Array | None, taken: Array | None) -> list[Difference]:
     """Why a layer gives something else than its origin, which took the same, or, in another shape, not `taken`."""
-    call = comparison.calls[step.call]
     source, target = comparison.ours.layers[step.source], comparison.theirs.layers[step.target]
-    listed = [d for d in differences_between(source, target, call) if d.setting not in _idle(target)]
-    hidden = _hidden(comparison, step, listed, theirs, taken)
-    if hidden is None:
+    listed = differences_between(source, target, comparison.calls[step.call], frozenset(_idle(target)))
+    gives = _test(comparison, step, theirs, taken)
+    if gives is None:
         return listed or [_unexplained(step, "output")]
-    return [replace(d, tested=True) for d in listed] + hidden
+    known = {d.setting: target.settings[d.setting] for d in listed if d.setting in target.settings}
+    settings = {**source.settings, **known}
+    if gives(settings):
+        # of several, those without which it would give something else
+        return [replace(d, tested=not gives({**settings, d.setting: source.settings.get(d.setting)})) for d in listed]
+    for setting, values in HIDDEN.get(target.kind, {}).items():
+        for value in values:
+            if gives({**settings, setting: value}):
+                hidden = difference(target.name, setting, settings.get(setting, False), value, tested=True)
+                return [*(replace(d, tested=True) for d in listed), hidden]
+    return listed or [_unexplained(step, "output")]
 
 
-def _hidden(
-    comparison: Comparison, step: Step, listed: Sequence[Difference], theirs: Array | None, taken: Array | None
-) -> list[Difference] | None:
-    """What a layer does beside its listed settings: [] for nothing, None where nothing that was tried is it."""
+def _test(
+    comparison: Comparison, step: Step, theirs: Array | None, taken: Array | None
+) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Whether the source's layer gives with some settings what the target's gave; None where nothing computes it."""
     call = comparison.calls[step.call]
-    source, target = comparison.ours.layers[step.source], comparison.theirs.layers[step.target]
     if theirs is None or not isinstance(call.output, np.ndarray):
         return None
     try:
@@ -92,17 +101,9 @@ def _hidden(
     except ValueError:
         return None
     arrangement = comparison.expected((step.source, step.target), call.output, theirs, step.call + 1)
-    if arrangement is None or not _same(ours.run(source.settings), call.output):
+    if arrangement is None or not _same(ours.run(comparison.ours.layers[step.source].settings), call.output):
         return None
-    known = {d.setting: target.settings[d.setting] for d in listed if d.setting in target.settings}
-    settings = {**source.settings, **known}
-    if _gives(other, settings, theirs, arrangement):
-        return []
-    for setting, values in HIDDEN.get(target.kind, {}).items():
-        for value in values:
-            if _gives(other, {**settings, setting: value}, theirs, arrangement):
-                return [difference(target.name, setting, settings.get(setting, False), value, tested=True)]
-    return None
+    return partial(_gives, other, theirs, arrangement)
 
 
 def _idle(layer: Layer) -> Sequence[str]:
@@ -110,12 +111,11 @@ def _idle(layer: Layer) -> Sequence[str]:
     return kind.training_settings if kind else ()
 
 
-def _gives(replay: Replay, settings: Mapping[str, Any], theirs: Array, arrangement: Arrangement) -> bool:
+def _gives(replay: Replay, theirs: Array, arrangement: Arrangement, settings: Mapping[str, Any]) -> bool:
     try:
-        value = arrangement.apply(replay.run(settings))
-    except (KeyError, ValueError, IndexError):  # a setting that does not go with this layer
+        return _same(arrangement.apply(replay.run(settings)), theirs)
+    except (KeyError, TypeError, ValueError, IndexError):  # a setting that does not go with this layer
         return False
-    return _same(value, theirs)
 
 
 def _unexplained(step: Step, what: str) -> Difference:

@@ -26,7 +26,7 @@ def fused(layers: Sequence[Layer], others: Sequence[Layer]) -> Parts:
     found: Parts = {}
     for layer in layers:
         shape = _shape(layer)
-        if shape is None or shape in shapes:
+        if shape is None or shape in shapes or not _is_plain(layer):
             continue
         out, features = shape
         count = next((n for n in _COUNTS if out % n == 0 and shapes[out // n, features] >= n), None)
@@ -36,11 +36,14 @@ def fused(layers: Sequence[Layer], others: Sequence[Layer]) -> Parts:
 
 
 def _shape(layer: Layer) -> tuple[int, ...] | None:
-    """(out, in) of a linear layer with a plain kernel that is stored whole."""
-    plain = layer.kind == "linear" and all("(" not in t.layout and not t.within for t in layer.tensors.values())
-    if not plain or "kernel" not in layer.tensors or layer.tensors["kernel"].layout not in ("out in", "in out"):
-        return None
-    return canonical_shape(layer, "kernel")
+    """(out, in) of a linear layer."""
+    return canonical_shape(layer, "kernel") if layer.kind == "linear" and "kernel" in layer.tensors else None
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether the layer's tensors are stored whole, each canonical axis as one."""
+    layouts = {"kernel": ("out in", "in out"), "bias": ("out",)}
+    return all(not t.within and t.layout in layouts.get(role, ()) for role, t in layer.tensors.items())
 
 
 def _part(layer: Layer, number: int, size: int) -> Layer:

@@ -43,9 +43,10 @@ def assemble(
 ) -> Plan:
     ours, calls = flow.side, flow.calls
     pairs = {
-        name: (match.source, match.arrangement, *_judge(match, settled, given)) for name, match in step.matches.items()
+        name: (match.source, match.arrangement, *_judge(match, settled, given, name in step.alike))
+        for name, match in step.matches.items()
     }
-    agreed = not step.excused and all(match.same_output for match in step.matches.values())
+    agreed = not step.differing
     pairs.update({name: (place.source, SAME, *place.judged(agreed)) for name, place in unseen.items()})
     first_calls = {call.layer: call for call in reversed(calls)}
     matched: dict[str, Pair] = {}
@@ -65,7 +66,7 @@ def assemble(
         ignore = frozenset({"padding"} if padded else ())
         between = differences_between(ours.layers[source], layer, first_calls.get(source), ignore)
         differences += repaired(layer, between, [part for found in made.values() for part in found])
-        if name in step.excused:
+        if name in step.excused - step.alike:
             differences.append(difference(name, "input", "another", "another"))
     placed = _placed(parts, ours)
     differences = repair_together(matched, flow, placed, differences)
@@ -117,13 +118,15 @@ def _rows(placed: Parts, theirs: Side) -> tuple[Row, ...]:
     return tuple(Row(target, tuple(parts)) for target, parts in rows.items())
 
 
-def _judge(match: Match, settled: Mapping[str, Evidence], given: Given) -> tuple[Evidence, str]:
+def _judge(match: Match, settled: Mapping[str, Evidence], given: Given, alike: bool) -> tuple[Evidence, str]:
     if match.target in given.layers:
         return "given", "a rule of yours"
     if settled.get(match.target) == "structure":
         return "structure", f"the first of {match.options} that fits what follows; not all others were tried"
     if match.target in settled:
         return "name", "several layers would do as well; the names decide"
+    if alike:
+        return "proven", "gave the same output, though it takes something else"
     if match.input_error == float("inf"):
         return "structure", "its input differs from every source layer's; its kind, shape and order decide"
     if not match.same_output:

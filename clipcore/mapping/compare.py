@@ -274,6 +274,9 @@ class Comparison:
         found = self._agreement(ours, theirs, index)
         if found.error <= tolerance(ours, theirs):
             return found.error, found.arrangement
+        repeated = _as_repeated(ours, theirs)
+        if repeated <= tolerance(ours, theirs):
+            return repeated, None
         # of values that differ, the closest arrangement is one by chance
         return found.error, self.expected(pair, ours, theirs, index)
 
@@ -303,6 +306,16 @@ def without_opaque(ours: Any, theirs: Any) -> tuple[Any, Any, tuple[str, ...]]:
         return ours, theirs, ()
     first, second = ({name: side[name] for name in side if name not in opaque} for side in (ours, theirs))
     return first, second, tuple(map(str, opaque))
+
+
+def _as_repeated(ours: Array, theirs: Array) -> float:
+    """The relative error of two values of which one may be repeated along leading axes: once per row of a batch."""
+    longest = max(ours.ndim, theirs.ndim)
+    shapes = [(1,) * (longest - value.ndim) + value.shape for value in (ours, theirs)]
+    fits = ours.shape != theirs.shape and all(1 in pair or pair[0] == pair[1] for pair in zip(*shapes, strict=True))
+    if not fits or ours.shape[-1:] != theirs.shape[-1:]:
+        return math.inf
+    return relative_error(*np.broadcast_arrays(ours, theirs))
 
 
 def _channels_of(layer: Layer, side: Side) -> str:

@@ -14,7 +14,8 @@ from clipcore.mapping.compare import Comparison
 from clipcore.mapping.credible import check_deterministic, check_no_nan, check_something_shared, check_strictly
 from clipcore.mapping.flow import Flow
 from clipcore.mapping.given import Rule, resolved
-from clipcore.mapping.models import Side, as_arrays, none_taken, target_samples, two_sides, written
+from clipcore.mapping.identify import in_same_words
+from clipcore.mapping.models import Side, as_arrays, none_taken, target_samples, written
 from clipcore.mapping.plan import Part, Plan
 from clipcore.mapping.recording import record
 from clipcore.mapping.repairs import TOGETHER
@@ -58,17 +59,18 @@ def plan(
             execution or a rule settled an origin.
         InvalidInput: no model, a sample that a model does not take, or a rule that matches nothing.
     """
-    ours, theirs = two_sides(source, target)
+    ours, theirs = Side(source, "source"), Side(target, "target")
+    sample = as_arrays(sample)
+    forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
+    in_same_words(ours, theirs, sample, forms)
     given = resolved(rules, ours, theirs, unmapped)
     check_something_shared(ours, theirs)
-    sample = as_arrays(sample)
     hiding = ours.hiding()
     held = ours.backend.holding(source), theirs.backend.holding(target)
     with held[0], held[1], written(ours, hiding), theirs.restored():
         calls, outputs = record(ours, sample)
         check_no_nan(calls)
         weights = ours.backend.read(source, list(ours.tensors))
-        forms = target_samples(sample, ours, theirs) if target_sample is None else [as_arrays(target_sample)]
         search = Search(Comparison(ours, theirs, calls, sample), outputs, weights, given)
         try:
             step, settled = search.solve(forms)

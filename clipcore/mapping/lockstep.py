@@ -113,6 +113,8 @@ class LockStep:
         written: what the target's layers hold from runs before, so that it is not written again.
         served: layers of the source of which a call was met.
         called: layers of the target of which a call was met.
+        alike: layers that took something else than their origin, and gave the same: a table that is asked for other
+            places, or for none.
         kept: layers that ran as they are, since they have no counterpart.
         choices_made: of the ties in turn.
         opened: what each call of the target in turn was; None where its tensors were in their place already.
@@ -131,6 +133,7 @@ class LockStep:
     ties: list[Tie] = field(default_factory=list)
     served: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
+    alike: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
     choices_made: Choices = ()
     opened: list[Opened | None] = field(default_factory=list)
@@ -140,6 +143,12 @@ class LockStep:
     _finished: set[str] = field(default_factory=set)  # layers of which every call was met
     _placed: set[tuple[str, Bounds]] = field(default_factory=set)
     _open: list[Opened | None] = field(default_factory=list)
+
+    @property
+    def differing(self) -> frozenset[str]:
+        """Layers that took something else than their origin, or gave another output."""
+        other = {name for name, match in self.matches.items() if not match.same_output}
+        return (self.excused - self.alike) | other
 
     def hold(self, layers: Iterable[str]) -> None:
         """Take note of layers of the target that have their tensors already."""
@@ -208,7 +217,10 @@ class LockStep:
         if self._used.issuperset(self.comparison.calls_of[call.layer]):
             self._finished.add(call.layer)
         self.served.add(call.layer)
-        return _converted(call.inputs, inputs, opened.match.arrangement) if opened.put_in else None
+        put_in = _converted(call.inputs, inputs, opened.match.arrangement) if opened.put_in else None
+        if opened.put_in and put_in is None:
+            self.alike.add(opened.match.target)  # until its output says otherwise
+        return put_in
 
     def _all_decided(self) -> bool:
         """Whether no other choice could be the cause of what is seen."""
@@ -226,6 +238,7 @@ class LockStep:
             pair = self.comparison.ours.layers[match.source], self.comparison.theirs.layers[layer]
             return replaced if self.comparison.lacks_bias(*pair) else None
         match.same_output = False
+        self.alike.discard(layer)
         if match.options > 1 and layer not in self.excused:
             raise Contradiction(layer)
         return replaced

@@ -14,8 +14,9 @@ import numpy as np
 from clipcore.backend import Layer, TracingBackend
 from clipcore.errors import ClipcoreError, InvalidInput
 from clipcore.mapping.align import moved
-from clipcore.mapping.apart import Apart, Parts, fused
+from clipcore.mapping.apart import Apart, Parts
 from clipcore.mapping.kinds import base_role, kernel_role
+from clipcore.mapping.layouts import apply_pattern, canonical_layout, sizes_of
 from clipcore.mapping.plan import cut
 from clipcore.plugins import backend_of
 from clipcore.structure import leaves, map_leaves, rebuild
@@ -42,6 +43,19 @@ class Side:
         self._fused = parts
         whole = list(self.layers.values())
         self.layers = {part.name: part for layer in whole for part in parts.get(layer.name, (layer,))}
+
+    def canonical(self, layer: Layer) -> dict[str, Array]:
+        """A layer's tensors by role, in the canonical layouts."""
+        stored = self.backend.read(self.model, [tensor.name for tensor in layer.tensors.values()])
+        return {
+            role: apply_pattern(
+                cut(stored[tensor.name], tensor.within),
+                f"{tensor.layout} -> {canonical_layout(layer, role)}",
+                sizes_of(layer, tensor),
+                tensor.name,
+            )
+            for role, tensor in layer.tensors.items()
+        }
 
     @property
     def channels(self) -> str:
@@ -110,15 +124,6 @@ def _tracing_backend(model: Any, which: str) -> TracingBackend:
         )
     tracing: TracingBackend = backend
     return tracing
-
-
-def two_sides(source: Any, target: Any) -> tuple[Side, Side]:
-    """Both models, in the same layers: those that one has fused are taken apart."""
-    ours, theirs = Side(source, "source"), Side(target, "target")
-    found = [list(side.layers.values()) for side in (ours, theirs)]
-    ours.take_apart(fused(*found))
-    theirs.take_apart(fused(*reversed(found)))
-    return ours, theirs
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def contradicted(step: LockStep) -> int:
     """In how many places the run says that a form of the sample is not the one: layers that saw something else, or
     gave another output. Where as many channels as steps fit both, nothing else does.
     """
-    return len(step.excused.union(name for name, match in step.matches.items() if not match.same_output))
+    return len(step.differing)
 
 
 class Search:

@@ -10,9 +10,7 @@ from einops import rearrange
 
 from clipcore.backend import Layer
 from clipcore.mapping.kinds import kind_of
-from clipcore.mapping.layouts import apply_pattern, canonical_layout, sizes_of
 from clipcore.mapping.models import Side
-from clipcore.mapping.plan import cut
 from clipcore.mapping.recording import Call
 from clipcore.mapping.reference import ACTIVATIONS, FORWARD
 
@@ -49,7 +47,7 @@ class Replay:
             raise ValueError(f"layer {layer.name!r} cannot be run again")
         self._kind = layer.kind
         self._last = layer.settings.get("channels", side.channels) == "last"
-        self._tensors = canonical_tensors(side, layer)
+        self._tensors = side.canonical(layer)
         taken = call.inputs[0] if x is None else x
         self._x = channels_first(taken, last=self._moves(taken))
 
@@ -66,20 +64,6 @@ class Replay:
         with np.errstate(all="ignore"):  # a setting that does not fit may overflow
             result = FORWARD[self._kind](self._x, tensors, settings)
         return channels_last(result) if self._moves(result) else result
-
-
-def canonical_tensors(side: Side, layer: Layer) -> dict[str, Array]:
-    """A layer's tensors by role, as the reference takes them."""
-    weights = side.backend.read(side.model, [tensor.name for tensor in layer.tensors.values()])
-    return {
-        role: apply_pattern(
-            cut(weights[tensor.name], tensor.within),
-            f"{tensor.layout} -> {canonical_layout(layer, role)}",
-            sizes_of(layer, tensor),
-            tensor.name,
-        )
-        for role, tensor in layer.tensors.items()
-    }
 
 
 def channels_first(value: Array, *, last: bool) -> Array:

@@ -16,6 +16,7 @@ from clipcore.files import write_whole
 from clipcore.mapping.align import is_exact, relative_error
 from clipcore.mapping.compare import Comparison, without_opaque
 from clipcore.mapping.find import plan as find_plan
+from clipcore.mapping.identify import in_same_words
 from clipcore.mapping.models import (
     Side,
     as_arrays,
@@ -23,7 +24,6 @@ from clipcore.mapping.models import (
     describe,
     none_taken,
     target_samples,
-    two_sides,
     written,
 )
 from clipcore.mapping.plan import Difference, Plan
@@ -133,9 +133,10 @@ def verify(
         InvalidInput: no model, or a sample that a model does not take.
         MappingError: the plan is for other models.
     """
-    ours, theirs = two_sides(source, target)
+    ours, theirs = Side(source, "source"), Side(target, "target")
     sample = as_arrays(sample)
     given = None if target_sample is None else as_arrays(target_sample)
+    in_same_words(ours, theirs, sample, target_samples(sample, ours, theirs) if given is None else [given])
     if plan is not None:
         check_fits(plan, ours, theirs)
     known, why_none = (plan, "") if plan is not None else _sought(source, target, sample, given)

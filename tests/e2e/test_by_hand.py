@@ -128,3 +128,51 @@ def test_an_output_that_one_model_lacks_is_a_difference():
     check = cc.verify(source, target, sample=NAMED_SAMPLE)
     assert not check.ok
     assert "the source gives 2 outputs, the target 1" in check.reason
+
+
+class Turned(nn.Module):
+    """A linear layer with its kernel the other way round, as some authors write it."""
+
+    def __init__(self, features, units):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(features, units)), nn.Parameter(torch.zeros(units))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Scaled(nn.Module):
+    """A root mean square norm by hand, with an eps of its own."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(features))
+
+    def forward(self, x):
+        return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6) * self.gain
+
+
+def test_a_layer_of_an_unknown_class_is_recognised_by_what_it_computes():
+    # square kernels: no shape tells in which order their axes are
+    source = randomised(nn.Sequential(Turned(6, 6), Scaled(6), Turned(6, 6), nn.ReLU(), Turned(6, 4)), 1)
+    inputs = keras.Input((6,))
+    x = L.Dense(6, name="a")(inputs)
+    x = L.Dense(6, name="b", activation="relu")(L.RMSNormalization(epsilon=1e-6)(x))
+    target = randomised(keras.Model(inputs, L.Dense(4, name="c")(x)), 2)
+    plan = assert_proven_throughout(source, target, NAMED_SAMPLE)
+    kernels = {row.target: row.pattern for row in plan.rows if row.role == "kernel"}
+    assert kernels == {f"{name}/kernel": "in out -> in out" for name in "abc"}
+    back = randomised(nn.Sequential(Turned(6, 6), Scaled(6), Turned(6, 6), nn.ReLU(), Turned(6, 4)), 3)
+    assert_proven_throughout(target, back, NAMED_SAMPLE)
+
+
+def test_a_recognised_layers_eps_is_a_difference_like_any_other():
+    source = randomised(nn.Sequential(Turned(6, 6), Scaled(6), Turned(6, 4)), 1)
+    inputs = keras.Input((6,))
+    x = L.RMSNormalization(epsilon=0.1, name="norm")(L.Dense(6)(inputs))
+    target = keras.Model(inputs, L.Dense(4)(x))
+    cc.migrate(source, target, sample=NAMED_SAMPLE)
+    check = cc.verify(source, target, sample=NAMED_SAMPLE, explain=True)
+    assert [(d.layer, d.setting, d.source, d.target) for d in check.differences if d.tested] == [
+        ("norm", "eps", 1e-6, 0.1)
+    ]

@@ -42,8 +42,8 @@ def _shape(layer: Layer) -> tuple[int, ...] | None:
 
 def _is_plain(layer: Layer) -> bool:
     """Whether the layer's tensors are stored whole, each canonical axis as one."""
-    layouts = {"kernel": ("out in", "in out"), "bias": ("out",)}
-    return all(not t.within and t.layout in layouts.get(role, ()) for role, t in layer.tensors.items())
+    axes = {"kernel": [["in", "out"]], "bias": [["out"], ["1", "out"]]}
+    return all(not t.within and sorted(t.layout.split()) in axes.get(role, []) for role, t in layer.tensors.items())
 
 
 def _part(layer: Layer, number: int, size: int) -> Layer:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcore.backend import Layer
+from clipcore.backend import Layer, Tensor
 from clipcore.errors import InvalidInput
 from clipcore.mapping.align import relative_error
 from clipcore.mapping.apart import fused
@@ -72,11 +72,24 @@ def _possible(layer: Layer) -> Iterator[Layer]:
         return
     for kind, layouts, settings in _HYPOTHESES:
         for tensors in permutations(layer.tensors.values()) if len(layouts) == len(layer.tensors) else ():
-            roles = dict(zip(layouts, tensors, strict=True))
-            lengths = [1 if layout == "..." else len(layout.split()) for layout in layouts.values()]
-            if [len(tensor.shape) for tensor in tensors] == lengths:
-                described = {role: replace(t, role=role, layout=layouts[role]) for role, t in roles.items()}
+            stored = [_stored(tensor, layout) for tensor, layout in zip(tensors, layouts.values(), strict=True)]
+            if all(stored):
+                described = {
+                    role: replace(tensor, role=role, layout=layout)
+                    for role, tensor, layout in zip(layouts, tensors, stored, strict=True)
+                }
                 yield replace(layer, kind=kind, tensors=described, settings=settings, why="")
+
+
+def _stored(tensor: Tensor, layout: str) -> str:
+    """The layout of a tensor that may have axes of one place beside those named; "" where it has others."""
+    axes = layout.split()
+    if len(tensor.shape) == len(axes):
+        return layout
+    if layout == "..." or sum(size != 1 for size in tensor.shape) != len(axes):
+        return ""
+    named = iter(axes)
+    return " ".join("1" if size == 1 else next(named) for size in tensor.shape)
 
 
 def _error(side: Side, layer: Layer, call: Call) -> float:

@@ -34,17 +34,19 @@ def check_something_shared(ours: Side, theirs: Side) -> None:
 def check_no_nan(calls: Sequence[Call]) -> None:
     """Refuse a sample on which the source computes NaN: nothing after it could be told apart."""
     for call in calls:
-        if any(map(_has_nan, call.inputs)):
+        if has_nan(call.inputs):
             place = f"in what its layer {call.layer!r} takes, from an operation without weights before it"
-        elif any(_has_nan(value) for _, value in leaves(call.output)):
+        elif has_nan(call.output):
             place = f"in what its layer {call.layer!r} gives, although that takes none"
         else:
             continue
         raise MappingError(f"the source computes NaN on this sample, first {place}: mend that, or give another sample")
 
 
-def _has_nan(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind in "fcV" and bool(np.isnan(value).any())
+def has_nan(values: Any) -> bool:
+    """Whether an element of these arrays is NaN."""
+    arrays = (value for _, value in leaves(values) if isinstance(value, np.ndarray) and value.dtype.kind in "fcV")
+    return any(np.isnan(array).any() for array in arrays)
 
 
 def check_deterministic(side: Side, sample: Any, calls: Sequence[Call]) -> None:

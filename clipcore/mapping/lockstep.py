@@ -367,7 +367,10 @@ class LockStep:
         # where no name says anything, the order of execution does, if as many layers are left on both sides
         speaking = {plain_name(name) for name in names} & {plain_name(name) for name in waiting}
         if len(fitting) != 1 and (not names or (len(names) > 1 and (speaking or len(names) != len(waiting)))):
-            raise MappingError(_no_place(layer, self.comparison.theirs.layers[layer], names, self.comparison.ours))
+            placed = (
+                f"{len(self.matches)} of the target's {len(self.comparison.theirs.layers)} layers had one before it"
+            )
+            raise MappingError(_no_place(self.comparison.theirs.layers[layer], names, self.comparison.ours, placed))
         return [*fitting, *names][0]
 
     def _expected_arrangement(self, layer: str, index: int, inputs: list[Array]) -> Arrangement:
@@ -412,8 +415,8 @@ def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arra
     return values if all(a.shape == b.shape for a, b in zip(values, theirs, strict=True)) else None
 
 
-def _no_place(name: str, layer: Layer, candidates: Sequence[str], source: Side) -> str:
-    what = f"the target's layer {name!r} ({describe_layer(layer)})"
+def _no_place(layer: Layer, candidates: Sequence[str], source: Side, placed: str) -> str:
+    what = f"the target's layer {layer.name!r} ({describe_layer(layer)})"
     if candidates:
         return (
             f"{what} has several possible origins in the source and nothing to tell them apart: "
@@ -424,5 +427,6 @@ def _no_place(name: str, layer: Layer, candidates: Sequence[str], source: Side) 
     ]
     return (
         f"{what} has no counterpart in the source: of that kind and shape none is left there "
-        f"(of that kind: {', '.join(alike[:5]) or 'none'})"
+        f"(of that kind: {', '.join(alike[:5]) or 'none'}); {placed}: build one like the other, or "
+        f"leave such layers as they are with unmapped='keep'"
     )

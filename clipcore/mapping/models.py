@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice, product
+from itertools import count, islice, product
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ class Side:
         if watcher is not None and self._fused:
             watcher = Apart(watcher, self._fused)
         try:
-            return comparable(self.backend.run(self.model, sample, watcher))
+            with _hosts_generators():
+                return comparable(self.backend.run(self.model, sample, watcher))
         except ClipcoreError as err:
             raise InvalidInput(f"the {self.which}: {one_line(err)}") from err
         except Exception as err:
@@ -94,13 +96,13 @@ class Side:
         """Random values for tensors that would hide an error: all elements equal, as fresh biases and scales are."""
         rng = np.random.default_rng(0)
         arrays = self.backend.read(self.model, list(self.tensors))
-        random: dict[str, Array] = {}
+        values: dict[str, Array] = {}
         for tensor in (t for layer in self.layers.values() for t in layer.tensors.values()):
-            part = cut(random.get(tensor.name, arrays[tensor.name]), tensor.within)
+            part = cut(values.get(tensor.name, arrays[tensor.name]), tensor.within)
             if part.size and tensor.dtype in _RANDOMISED and (part == part.ravel()[0]).all():
-                whole = random.setdefault(tensor.name, np.array(arrays[tensor.name]))
+                whole = values.setdefault(tensor.name, np.array(arrays[tensor.name]))
                 cut(whole, tensor.within)[...] = _random(rng, base_role(tensor.role), part)
-        return random
+        return values
 
 
 _RANDOMISED = ("float16", "bfloat16", "float32", "float64")
@@ -133,6 +135,24 @@ def written(side: Side, values: Mapping[str, Array]) -> Iterator[None]:
         if values:
             side.backend.write(side.model, values)
         yield
+
+
+_SEEDS = count()
+
+
+@contextmanager
+def _hosts_generators() -> Iterator[None]:
+    """Python's and NumPy's global random numbers: other ones in each run, so that a model which draws some shows it;
+    afterwards the user's go on.
+    """
+    python, numpy, seed = random.getstate(), np.random.get_state(), next(_SEEDS)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def comparable(outputs: Any) -> Any:

@@ -193,8 +193,6 @@ class _EndError(Exception):
 def _changed(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if array.dtype.kind in "biu":
         return array
-    # other numbers, and no two neighbours alike: quickly, since a table may have millions of them
-    changed = np.array(array).ravel()
-    for start, (factor, offset) in enumerate(((1.7, 0.3), (0.6, -0.2), (-1.1, 0.5))):
-        changed[start::3] = factor * changed[start::3] + offset
-    return changed.reshape(array.shape)
+    changed = np.asarray(-1.3 * array, array.dtype)
+    changed += np.asarray(0.2, array.dtype)
+    return changed

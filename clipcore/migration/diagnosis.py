@@ -11,6 +11,7 @@ import numpy as np
 from clipcore.backend import Layer
 from clipcore.mapping.align import Agreement
 from clipcore.mapping.compare import Comparison
+from clipcore.mapping.credible import has_nan
 from clipcore.mapping.differences import differences_between
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Side
@@ -92,11 +93,17 @@ def compare_layers(
         layers.append(LayerAgreement(origin[call.layer], call.layer, error))
         if divergence is None and (error > _TOLERANCE or call.layer in stale):
             why = _why(inputs[index], pair[1], found, stale.pop(call.layer, None), plan.differences)
-            divergence = Divergence(call.layer, origin[call.layer], error, *why)
+            divergence = Divergence(call.layer, origin[call.layer], error, _first_nan(call) + why[0], why[1])
     if divergence is None and stale:
         layer, row = next(iter(stale.items()))
         divergence = Divergence(layer, row.source_layer, 0.0, _not_carried(row), stale=True)
     return layers, divergence, differences
+
+
+def _first_nan(call: Call) -> str:
+    if has_nan(call.inputs):
+        return "the target has NaN from here on, in what the layer takes; "
+    return "the target has NaN from here on, in what the layer gives; " if has_nan(call.output) else ""
 
 
 def stale_rows(ours: Side, theirs: Side, plan: Plan) -> dict[str, Row]:

@@ -152,6 +152,7 @@ def verify(
         layers, divergence, seen = found
         allowed = max(_TOLERANCE, _NOISE_FLOORS * floor)
         steps, causes = _explained(ours, theirs, known, worst_run, allowed) if explain and known else ((), None)
+        divergence = _with_cause(divergence, causes or ())
         if plan:
             worst = max(worst, _hidden_error(ours, theirs, plan, runs[0]))
     # Whoever gives a plan claims that it was applied: then every tensor and every proven layer must bear it out, since
@@ -184,6 +185,14 @@ def _explained(
 ) -> tuple[Sequence[Step], Sequence[Difference]]:
     origin = {target: source for source, target in plan.layer_pairs}
     return explained(Comparison(ours, theirs, run.calls[0], run.sample), run.target_sample, origin, allowed)
+
+
+def _with_cause(divergence: Divergence | None, causes: Sequence[Difference]) -> Divergence | None:
+    """The divergence, with what was tested as its reason."""
+    tested = [cause.values for cause in causes if divergence and cause.tested and cause.layer == divergence.layer]
+    return (
+        replace(divergence, reason="; ".join(tested)) if divergence and tested and not divergence.stale else divergence
+    )
 
 
 def _with_causes(listed: Sequence[Difference], causes: Sequence[Difference] | None) -> tuple[Difference, ...]:

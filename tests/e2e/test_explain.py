@@ -175,3 +175,24 @@ def test_models_that_agree_have_steps_and_no_cause():
     assert check.ok
     assert not check.differences
     assert all(step.input_error <= 1e-5 and step.output_error <= 1e-5 for step in check.steps)
+
+
+class Root(L.Layer):
+    def call(self, x):
+        return keras.ops.sqrt(x)
+
+
+def test_the_layer_of_the_target_where_nan_starts_is_named():
+    source = randomised(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 4)), 1)
+    target = dense(L.Dense(9, name="a"), Root(), L.Dense(9, name="b"), L.Dense(4, name="c"))
+    cc.migrate(source, target, sample=ROWS)
+    check = cc.verify(source, target, sample=ROWS)
+    assert not check.ok
+    assert check.first_divergence.layer == "b"
+    assert "the target has NaN from here on, in what the layer takes" in check.reason
+
+
+def test_the_tested_cause_is_the_reason():
+    source = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4))
+    _, check = explained(source, dense(L.Dense(9, name="a"), L.Activation("silu"), L.Dense(4, name="b")), ROWS)
+    assert check.reason.startswith("b (from 2): activation before it: the target has silu, the source gelu")

@@ -25,7 +25,7 @@ def target(classes=3, *further):
 
 def test_another_head_is_refused_and_kept_on_request_with_what_is_left_out_listed():
     ours, theirs = source(3), target(4)
-    with pytest.raises(cc.MappingError, match=r"'head'.*no counterpart"):
+    with pytest.raises(cc.MappingError, match=r"'head'.*no counterpart.*2 of the target's 3 layers had one before it"):
         cc.plan(ours, theirs, sample=SAMPLE)
     head = [np.array(value) for value in theirs.get_layer("head").get_weights()]
     result = cc.migrate(ours, theirs, sample=SAMPLE, unmapped="keep")
@@ -117,6 +117,23 @@ def test_a_target_that_draws_random_numbers_is_refused():
     with pytest.raises(cc.MappingError, match=r"the target is not deterministic.*'b' takes other values"):
         cc.plan(ours, theirs, sample=SAMPLE)
     assert_bitwise_equal(before, contents(theirs))
+
+
+class Noise(nn.Module):
+    """Noise from NumPy's own generator."""
+
+    def forward(self, x):
+        return x + torch.from_numpy(np.random.randn(*x.shape).astype(np.float32))
+
+
+def test_numpys_generator_goes_on_as_if_no_model_had_drawn_from_it():
+    ours = randomised(nn.Sequential(nn.Linear(5, 6), Noise(), nn.Linear(6, 3)).eval(), 1)
+    inputs = keras.Input((5,))
+    theirs = keras.Model(inputs, L.Dense(3)(L.Dense(6)(inputs)))
+    before = np.random.get_state()[1].tolist()
+    with pytest.raises(cc.MappingError):
+        cc.plan(ours, theirs, sample=SAMPLE)
+    assert np.random.get_state()[1].tolist() == before
 
 
 class Root(nn.Module):

@@ -33,6 +33,7 @@ _REMEDIES = {
     "input": "an operation without weights before it (pooling, activation, padding, reshaping) is not the same",
     "training": "run the target's layer in inference mode: let nothing pass training=True to it",
     "activation before it": "give the target the activation {source} before this layer",
+    "place": "let the target's layer take {source}",
     "pooling": "pool in the target with {source}",
     "preprocessing": "leave it out of the target, or give the source's sample through the same",
     "scale before it": "leave it out of the target",

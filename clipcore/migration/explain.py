@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ def _same(first: Array, second: Array) -> bool:
 def _of_output(comparison: Comparison, step: Step, theirs: Array | None, taken: Array | None) -> list[Difference]:
     """Why a layer gives something else than its origin, which took the same, or, in another shape, not `taken`."""
     source, target = comparison.ours.layers[step.source], comparison.theirs.layers[step.target]
-    listed = differences_between(source, target, comparison.calls[step.call], frozenset(_idle(target)))
+    ignored = {*_idle(target), *(["padding"] if step.padded else [])}
+    listed = differences_between(source, target, comparison.calls[step.call], frozenset(ignored))
     gives = _test(comparison, step, theirs, taken)
     if gives is None:
         return listed or [_unexplained(step, "output")]
@@ -128,7 +129,7 @@ def _of_input(comparison: Comparison, step: Step, theirs: Array, arrangement: Ar
     if arrangement.apply(ours).shape != theirs.shape:
         return []  # a stride before it, named there, makes it smaller
     target = np.asarray(_back(theirs, arrangement), np.float64)
-    for hypothesis in (_activations, _pools, _scaled):
+    for hypothesis in (_activations, _pools, _scaled, _elsewhere):
         found = list(hypothesis(comparison, step, ours, target))
         if found:
             return found
@@ -143,13 +144,35 @@ def _values_before(comparison: Comparison, step: Step, ours: Array) -> Iterator[
     """What flowed shortly before a call of the source, the latest first: of the rank of its input, or of its size, and
     then in its shape (a Flatten stands between).
     """
-    values: list[Any] = [value for _, value in leaves(comparison.sample)]
-    for call in comparison.calls[: step.call]:
-        values += [*call.inputs, *(value for _, value in leaves(call.output))]
-    arrays = [v for v in values if isinstance(v, np.ndarray) and v.dtype.kind in "fV"]
-    fitting = [v for v in arrays if v.ndim == ours.ndim or v.size == ours.size]
-    for value in fitting[: -_BEFORE - 1 : -1]:
+    fitting = (v for v in _flowed(comparison, step.call) if v.ndim == ours.ndim or v.size == ours.size)
+    for value in islice(fitting, _BEFORE):
         yield value if value.ndim == ours.ndim else value.reshape(ours.shape)
+
+
+def _flowed(comparison: Comparison, end: int) -> Iterator[Array]:
+    """What the source's calls before number `end` gave, also before an activation of their own, and took; the latest
+    first, and the sample last.
+    """
+    for call in reversed(comparison.calls[:end]):
+        yield from _floats(call.output)
+        yield from _not_activated(comparison.ours, call)
+        yield from reversed(list(_floats(call.inputs)))
+    yield from reversed(list(_floats(comparison.sample)))
+
+
+def _floats(tree: Any) -> Iterator[Array]:
+    return (value for _, value in leaves(tree) if isinstance(value, np.ndarray) and value.dtype.kind in "fV")
+
+
+def _not_activated(side: Side, call: Call) -> Iterator[Array]:
+    """What a layer would have given without the activation that it applies itself."""
+    settings = side.layers[call.layer].settings
+    if settings.get("activation") is None:
+        return
+    try:
+        yield Replay(side, call).run({**settings, "activation": None})
+    except ValueError:  # nothing says what it computes
+        return
 
 
 def _functions(value: Array, wanted: Array) -> Iterator[str | None]:
@@ -218,6 +241,32 @@ def _scaled(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> I
         if _same(first * factor + offset, second):
             yield difference(step.target, setting, "x", f"{_numbers(factor)} x + {_numbers(offset)}", tested=True)
             return
+
+
+def _elsewhere(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
+    """The target's layer takes what flows at another place of the source."""
+    place = _place_of(comparison, step.call, theirs)
+    if place:
+        own = _place_of(comparison, step.call, ours) or f"what {step.source} takes"
+        yield difference(step.target, "place", own, place, tested=True)
+
+
+def _place_of(comparison: Comparison, but: int, value: Array) -> str:
+    """Where a value flows in the source, except as what call `but` takes; empty where it does not."""
+    for _, given in leaves(comparison.sample):
+        if _is(given, value):
+            return "the sample"
+    for call in comparison.calls:
+        if any(_is(given, value) for given in _floats(call.output)):
+            return f"what {call.layer} gives"
+    for index, call in enumerate(comparison.calls):
+        if index != but and any(_is(taken, value) for taken in _floats(call.inputs)):
+            return f"what {call.layer} takes"
+    return ""
+
+
+def _is(flowing: Array, value: Array) -> bool:
+    return flowing.shape == value.shape and _same(flowing, value)
 
 
 def _numbers(values: Array) -> str:

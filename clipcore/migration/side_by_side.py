@@ -29,6 +29,7 @@ class Step:
         call: the number of the source's call; -1 where there is none.
         input_error, output_error: relative errors against the source's; of the output, with the source's input put in
             where the layer's own differs.
+        padded: whether the inputs agree once each layer's own padding is counted in.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Step:
     call: int = -1
     input_error: float = math.nan
     output_error: float = math.nan
+    padded: bool = False
 
 
 @dataclass
@@ -71,13 +73,14 @@ class SideBySide:
             self.steps.append(Step("", layer, kind))
             self._open.append(None)
             return None
-        # of several calls of a shared layer, the one with this input; one that was met already last
+        # of several calls of a shared layer, the one with this input; else the next; one that was met already last
         found = {index: self.comparison.inputs(index, layer, inputs) for index in calls}
-        index = min(calls, key=lambda i: (i in self._used, found[i].error))
+        index = min(calls, key=lambda i: (i in self._used, found[i].error > self.allowed, i))
         self._used.add(index)
         self._open.append(len(self.steps))
-        self.steps.append(Step(self.origin[layer], layer, kind, index, found[index].error))
-        if found[index].error <= self.allowed:
+        error, padded = found[index].error, found[index].padded
+        self.steps.append(Step(self.origin[layer], layer, kind, index, error, padded=padded))
+        if error <= self.allowed:
             return None
         return self._put_in(index, layer, inputs)
 

@@ -140,13 +140,22 @@ def test_a_norm_in_training_mode_is_found():
     assert [(d.setting, d.source, d.target) for d in check.differences if d.tested] == [("training", False, True)]
 
 
+def test_layers_in_another_order_are_named_by_what_the_target_takes():
+    source = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+    target = dense(L.LayerNormalization(epsilon=1e-5, name="norm"), L.Dense(6, name="a"), L.Dense(4, name="b"))
+    found, check = explained(source, target, ROWS)
+    assert found["norm"] == ("place", "what 0 gives", "the sample")
+    assert "let the target's layer take what 0 gives" in [d.repair for d in check.differences]
+
+
 def test_what_nothing_explains_is_called_so():
     class Odd(nn.Module):
         def forward(self, x):
             return torch.sin(3 * x) + x.flip(-1)
 
     source = nn.Sequential(nn.Linear(6, 9), Odd(), nn.Linear(9, 4))
-    found, check = explained(source, dense(L.Dense(9, name="a"), L.Dense(4, name="b")), ROWS)
+    target = dense(L.Dense(9, name="a"), L.Activation("softsign"), L.Dense(4, name="b"))
+    found, check = explained(source, target, ROWS)
     assert not found
     assert [(d.layer, d.setting, d.tested) for d in check.differences] == [("b", "input", False)]
 

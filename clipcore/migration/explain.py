@@ -17,6 +17,7 @@ from clipcore.mapping.differences import difference, differences_between
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import Difference
+from clipcore.mapping.recording import Call
 from clipcore.mapping.reference import ACTIVATIONS, activate
 from clipcore.migration.replay import HIDDEN, Replay, pooled
 from clipcore.migration.side_by_side import SideBySide, Step

@@ -226,6 +226,27 @@ class Comparison:
         other = closest(ours, theirs, self._joined(ours, theirs, index))
         return other if other.error < found.error else found
 
+    def as_taken(self, index: int, layer: str, theirs: Sequence[Array], arrangement: Arrangement) -> list[Array] | None:
+        """What call `index` of the source took, as a call of a layer of the target that took `theirs` would take it;
+        None where it does not have those shapes. Where one of the two pads itself, and something before the other
+        does, it is the same once padded.
+        """
+        ours = self.calls[index].inputs
+        pair = self.ours.layers[self.calls[index].layer], self.theirs.layers[layer]
+        if len(ours) != len(theirs):
+            return None
+        values = []
+        for source, target in zip(ours, theirs, strict=True):
+            if source.ndim != target.ndim or (source.ndim < 3 and source.size != target.size):
+                return None
+            value = arrangement.apply(source)
+            if value.shape != target.shape:
+                value = arrangement.apply(repadded(source, *pair, target))
+            if value.shape != target.shape:
+                return None
+            values.append(value.astype(target.dtype))
+        return values
+
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
         """What call `index` of the source gave as the target would have it, and how far the target's output is from it.
 
@@ -342,13 +363,36 @@ def _same_steps(layer: Layer, ours: Any, theirs: Array) -> tuple[Any, Array]:
     return (ours[..., -1, :], theirs) if ours.ndim > theirs.ndim else (ours, theirs[..., -1, :])
 
 
+def repadded(value: Array, giver: Layer, taker: Layer, like: Array) -> Array:
+    """A value that one convolution takes, as another takes it, so that both have the same once they have padded it.
+
+    Args:
+        like: what the other took, of which the sizes count.
+    """
+    if any("padding" not in layer.settings for layer in (giver, taker)):
+        return value
+    whole = _padded(value, giver)
+    inner = [slice(None)] * value.ndim
+    for (axis, _), (_, (before, after)) in zip(_pads(giver, value), _pads(taker, like), strict=False):
+        inner[axis] = slice(before, whole.shape[axis] - after)
+    return whole[tuple(inner)]
+
+
 def _padded(value: Array, layer: Layer) -> Array:
     """A convolution's input with the zeros that it adds itself."""
+    widths = [(0, 0)] * value.ndim
+    for axis, pads in _pads(layer, value):
+        widths[axis] = pads
+    return np.pad(value, widths)
+
+
+def _pads(layer: Layer, value: Array) -> list[tuple[int, tuple[int, int]]]:
+    """The spatial axes of what a convolution takes, and the zeros before and after that it adds."""
     first = layer.settings.get("channels", "first") == "first"
     pads = explicit_padding(layer, value.shape[2:] if first else value.shape[1:-1])
     if layer.settings.get("padding_mode", "zeros") != "zeros" or len(pads) != value.ndim - 2:
-        return value
-    return np.pad(value, [(0, 0), (0, 0), *pads] if first else [(0, 0), *pads, (0, 0)])
+        return []
+    return list(enumerate(pads, 2 if first else 1))
 
 
 def _activated(output: Array, value: Array) -> bool:

@@ -217,9 +217,14 @@ class LockStep:
         if self._used.issuperset(self.comparison.calls_of[call.layer]):
             self._finished.add(call.layer)
         self.served.add(call.layer)
-        put_in = _converted(call.inputs, inputs, opened.match.arrangement) if opened.put_in else None
-        if opened.put_in and put_in is None:
-            self.alike.add(opened.match.target)  # until its output says otherwise
+        if not opened.put_in:
+            return None
+        match = opened.match
+        put_in = self.comparison.as_taken(opened.call, match.target, inputs, match.arrangement)
+        if put_in is None:
+            self.alike.add(match.target)  # until its output says otherwise
+        else:
+            match.padded |= any(a.size != b.size for a, b in zip(call.inputs, put_in, strict=True))
         return put_in
 
     def _all_decided(self) -> bool:
@@ -405,14 +410,6 @@ class LockStep:
         theirs.backend.write(theirs.model, values_for(rows, theirs.tensors, self.weights, theirs.copies))
         if not self.comparison.shares_tensors(layer):
             self.written[layer] = match.source, match.arrangement
-
-
-def _converted(ours: Sequence[Array], theirs: Sequence[Array], arrangement: Arrangement) -> list[Array] | None:
-    """The source's inputs in place of the target's, where they have its shapes."""
-    if len(ours) != len(theirs) or any(a.ndim != b.ndim or a.size != b.size for a, b in zip(ours, theirs, strict=True)):
-        return None
-    values = [arrangement.apply(a).astype(b.dtype) for a, b in zip(ours, theirs, strict=True)]
-    return values if all(a.shape == b.shape for a, b in zip(values, theirs, strict=True)) else None
 
 
 def _no_place(layer: Layer, candidates: Sequence[str], source: Side, placed: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipcore.backend import Layer
 from clipcore.mapping.align import Arrangement, relative_error
-from clipcore.mapping.compare import Comparison
+from clipcore.mapping.compare import Comparison, repadded
 from clipcore.mapping.differences import difference, differences_between
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Side
@@ -128,13 +128,41 @@ def _of_input(comparison: Comparison, step: Step, theirs: Array, arrangement: Ar
     """Why a layer takes something else than its origin, although everything before agrees."""
     ours = comparison.calls[step.call].inputs[0]
     if arrangement.apply(ours).shape != theirs.shape:
-        return []  # a stride before it, named there, makes it smaller
+        pair = comparison.theirs.layers[step.target], comparison.ours.layers[step.source]
+        theirs = repadded(theirs, *pair, ours)
     target = np.asarray(_back(theirs, arrangement), np.float64)
-    for hypothesis in (_activations, _pools, _scaled, _elsewhere):
-        found = list(hypothesis(comparison, step, ours, target))
-        if found:
-            return found
-    return [_unexplained(step, "input")]
+    if ours.shape != target.shape:
+        # else it is a stride before it, named there, that makes it smaller
+        return list(_elsewhere(comparison, step, ours, target))
+    for mine, other in _whole_and_parts(comparison, step, ours, target):
+        for hypothesis in (_activations, _pools, _scaled):
+            found = list(hypothesis(comparison, step, mine, other))
+            if found:
+                return found
+    return list(_elsewhere(comparison, step, ours, target)) or [_unexplained(step, "input")]
+
+
+def _whole_and_parts(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[tuple[Array, Array]]:
+    """Two values that differ; and where they have equal channels, those that do not, in parts as wide as what flowed
+    before: one branch of a concatenation.
+    """
+    yield ours, theirs
+    axis = _channel_axis(comparison, ours)
+    first, second = (np.moveaxis(value, axis, 0) for value in (ours, theirs))
+    differing = [place for place, pair in enumerate(zip(first, second, strict=True)) if not _same(*pair)]
+    if not differing or len(differing) == len(first):
+        return
+    start, stop = differing[0], differing[-1] + 1
+    flowed = islice((v for v in _flowed(comparison, step.call) if v.ndim == ours.ndim), _BEFORE)
+    widths = dict.fromkeys([*(value.shape[axis] for value in flowed), stop - start])
+    for width in widths:
+        for begin in range(max(stop - width, 0), min(start, len(first) - width) + 1):
+            part = slice(begin, begin + width)
+            yield np.moveaxis(first[part], 0, axis), np.moveaxis(second[part], 0, axis)
+
+
+def _channel_axis(comparison: Comparison, value: Array) -> int:
+    return 1 if comparison.ours.channels == "first" and value.ndim > 1 else value.ndim - 1
 
 
 def _back(value: Array, arrangement: Arrangement) -> Array:
@@ -229,7 +257,7 @@ def _pool_that_gives(owner: Side, data: Side, value: Array, wanted: Array) -> La
 
 def _scaled(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
     """One number that is multiplied and one that is added, for all elements or channel by channel."""
-    axis = 1 if comparison.ours.channels == "first" else -1
+    axis = _channel_axis(comparison, ours)
     setting = "scale before it" if step.call else "preprocessing"
     for rows in (1, ours.shape[axis] if ours.ndim > 1 else 1):
         first, second = (np.moveaxis(v.astype(np.float64), axis, 0).reshape(rows, -1) for v in (ours, theirs))

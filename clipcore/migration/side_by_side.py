@@ -87,21 +87,18 @@ class SideBySide:
     def _put_in(self, index: int, layer: str, inputs: list[Array]) -> list[Array] | None:
         """The source's inputs as the target would have them; None where their shapes do not fit."""
         ours = self.comparison.calls[index].inputs
-        if len(ours) != len(inputs) or any(a.ndim != b.ndim for a, b in zip(ours, inputs, strict=True)):
+        if len(ours) != len(inputs) or not ours or ours[0].ndim != inputs[0].ndim:
             return None
         names = self.comparison.calls[index].layer, layer
-        values = []
-        for place, (source, target) in enumerate(zip(ours, inputs, strict=True)):
-            arrangement = self.comparison.expected(names, source, target, index)
-            if arrangement is None or arrangement.apply(source).shape[:1] != target.shape[:1]:
-                return None
-            if place == 0:
-                self.inputs[len(self.steps) - 1] = target, arrangement
-            values.append(arrangement.apply(source).astype(target.dtype))
-        if all(a.shape == b.shape for a, b in zip(values, inputs, strict=True)):
-            return values
-        self.went_on.add(len(self.steps) - 1)
-        return None
+        arrangement = self.comparison.expected(names, ours[0], inputs[0], index)
+        if arrangement is None or arrangement.apply(ours[0]).shape[:1] != inputs[0].shape[:1]:
+            return None
+        number = len(self.steps) - 1
+        self.inputs[number] = inputs[0], arrangement
+        values = self.comparison.as_taken(index, layer, inputs, arrangement)
+        if values is None:
+            self.went_on.add(number)
+        return values
 
     def after(self, layer: str, output: Any) -> Any | None:
         if layer not in self.comparison.theirs.layers:

@@ -188,7 +188,7 @@ def spatial(nodes: Nodes, size: tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(node, Conv):
             size = tuple((n + 2 * node.padding - node.kernel) // node.stride + 1 for n in size)
         elif isinstance(node, Pool):
-            size = tuple(n // node.window for n in size)
+            size = tuple(n // node.window for n in size) if node.window else ()
         elif isinstance(node, Residual):
             size = spatial(node.body, size)
     return size

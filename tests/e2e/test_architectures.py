@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from architecture_differences import differing
 from architecture_nodes import Architecture
 from architecture_writers import keras_network, randomise, torch_network
 from architectures import architectures
@@ -59,3 +60,22 @@ def test_every_layer_finds_its_true_origin_and_both_models_compute_the_same(back
     cc.migrate(source, target, plan=plan)
     check = cc.verify(source, target, sample=sample, plan=plan)
     assert check.ok, check
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["to Keras", "to torch"])
+@drawn
+@given(differing())
+def test_a_planted_difference_misleads_no_layer_and_is_named(back, pair):
+    architecture, planted = pair
+    both = architecture, planted.architecture
+    source, target, ours, theirs, sample = written(*both, back)
+    plan = cc.plan(source, target, sample=sample)
+    assert set(plan.layer_pairs) == {(ours[key], theirs[key]) for key in ours}, planted.what
+    cc.migrate(source, target, plan=plan)
+    check = cc.verify(source, target, sample=sample, plan=plan, explain=True)
+    assert not check.ok
+    named = {(d.layer, d.setting) for d in check.differences if d.tested}
+    places = {(theirs[key], setting) for key in planted.keys for setting in planted.settings}
+    assert named & places, (planted.what, planted.keys, check.differences)
+    # and what does not follow from it is not blamed
+    assert check.first_divergence.layer in {theirs[key] for key in planted.keys}

@@ -46,7 +46,7 @@ def assemble(
         name: (match.source, match.arrangement, *_judge(match, settled, given, name in step.alike))
         for name, match in step.matches.items()
     }
-    agreed = not step.differing
+    agreed = not step.differing and step.same_outputs
     pairs.update({name: (place.source, SAME, *place.judged(agreed)) for name, place in unseen.items()})
     first_calls = {call.layer: call for call in reversed(calls)}
     matched: dict[str, Pair] = {}

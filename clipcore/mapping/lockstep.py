@@ -119,6 +119,8 @@ class LockStep:
         choices_made: of the ties in turn.
         opened: what each call of the target in turn was; None where its tensors were in their place already.
         errors: for each call of the target in turn, the error of its input; 0 where it was excused.
+        same_outputs: whether the model's outputs are the source's.
+        others: for layers with a difference, what else may be their origin, since it saw the same input.
     """
 
     comparison: Comparison
@@ -138,6 +140,8 @@ class LockStep:
     choices_made: Choices = ()
     opened: list[Opened | None] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    same_outputs: bool = True
     stopped: Exception | None = None
     _used: set[int] = field(default_factory=set)
     _finished: set[str] = field(default_factory=set)  # layers of which every call was met
@@ -146,9 +150,12 @@ class LockStep:
 
     @property
     def differing(self) -> frozenset[str]:
-        """Layers that took something else than their origin, or gave another output."""
-        other = {name for name, match in self.matches.items() if not match.same_output}
-        return (self.excused - self.alike) | other
+        """Layers that take something else than their origin, and give something else, or that do the latter alone."""
+        return frozenset(
+            name
+            for name, match in self.matches.items()
+            if not match.same_output or (match.input_error == math.inf and name not in self.alike)
+        )
 
     def hold(self, layers: Iterable[str]) -> None:
         """Take note of layers of the target that have their tensors already."""
@@ -193,6 +200,7 @@ class LockStep:
             error = match.input_error
         elif layer in self.excused or layer in self.given.layers or self._all_decided():
             match, index = self._by_structure(layer, inputs)
+            self.others[layer] = self._that_saw(layer, inputs)
             if layer not in self.given.layers:
                 self.excused |= {layer}
         else:
@@ -246,6 +254,7 @@ class LockStep:
         self.alike.discard(layer)
         if match.options > 1 and layer not in self.excused:
             raise Contradiction(layer)
+        self.others.setdefault(layer, []).extend(self._with_same_input(layer, index))
         return replaced
 
     def within_bound(self, error: float, ours: Any, theirs: Any) -> bool:
@@ -305,6 +314,19 @@ class LockStep:
             for name, (agreement, index) in best.items()
             if as_close(agreement.error, closest, self.comparison.calls[index].inputs, inputs)
         }
+
+    def _that_saw(self, layer: str, inputs: list[Array]) -> list[str]:
+        """The source's layers that saw this input, also those of which every call was met as another's."""
+        calls = [index for name in self.comparison.fitting[layer] for index in self.comparison.calls_of[name]]
+        agreements = {i: self.comparison.inputs(i, layer, inputs) for i in self.comparison.alike(calls, inputs)}
+        found = [i for i in agreements if agreements[i].error <= tolerance(self.comparison.calls[i].inputs, inputs)]
+        return list(dict.fromkeys(self.comparison.calls[index].layer for index in found))
+
+    def _with_same_input(self, layer: str, index: int) -> list[str]:
+        """The source's layers that a layer of the target may be and that saw what call `index` did."""
+        calls_of = self.comparison.calls_of
+        names = self.comparison.fitting[layer]
+        return [name for name in names if any(self._same_call_inputs(index, other) for other in calls_of[name])]
 
     def _choose(self, layer: str, found: Mapping[str, tuple[Agreement, int]]) -> tuple[Match, int]:
         options = sorted(found, key=lambda name: (not names_fit(name, layer), -resemblance(name, layer)))

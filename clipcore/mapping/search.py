@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +14,7 @@ from clipcore.errors import ClipcoreError, InvalidInput, MappingError
 from clipcore.mapping.align import SAME
 from clipcore.mapping.assembly import alone
 from clipcore.mapping.compare import Comparison, as_close, tolerance
+from clipcore.mapping.exchanges import Exchange, cost, least
 from clipcore.mapping.given import Given
 from clipcore.mapping.lockstep import Choices, Contradiction, LockStep, Tie, names_fit
 from clipcore.mapping.models import Side
@@ -33,7 +35,7 @@ def contradicted(step: LockStep) -> int:
     """In how many places the run says that a form of the sample is not the one: layers that saw something else, or
     gave another output. Where as many channels as steps fit both, nothing else does.
     """
-    return len(step.differing)
+    return len(step.differing) + (not step.same_outputs)
 
 
 class Search:
@@ -72,7 +74,10 @@ class Search:
             self._on(self.sample)
         self._known = True
         step = self._refined(step)
-        return step, self._settle(step)
+        if not contradicted(step):
+            return step, self._settle(step)
+        step, by_name = least(step, self._with_origins, self._comparison)
+        return step, {**by_name, **self._settle(step)}
 
     def _on(self, form: Any) -> LockStep:
         """The run on one form of the sample."""
@@ -182,6 +187,7 @@ class Search:
             raise
         error = self._comparison.model_outputs(self._outputs, outputs)
         agreed = error <= tolerance(self._outputs, outputs)
+        step.same_outputs = agreed or bool(step.kept)
         # behind a layer that kept its weights no outputs can agree
         if not (agreed or _OUTPUTS in step.excused or step.kept) or (
             agreed and not step.within_bound(error, self._outputs, outputs)
@@ -209,6 +215,19 @@ class Search:
                 bounds[turn] = math.inf
         return step
 
+    def _with_origins(self, exchange: Exchange) -> LockStep | None:
+        """The run that is found when some layers get these origins; None where there is none."""
+        own, self._decided, self._bounds = self._given, {}, ()
+        self._given = replace(own, layers={**own.layers, **exchange})
+        try:
+            found = self._with_excuses()
+        except MappingError:
+            return None
+        finally:
+            self._given = own
+        found.given = own
+        return found
+
     def _settle(self, step: LockStep) -> dict[str, Evidence]:
         """For each tie, whether another choice would do as well; then the names must tell."""
         settled: dict[str, Evidence] = {}
@@ -221,7 +240,7 @@ class Search:
                 break
             made = tuple((target, exchanged.get(target, source)) for target, source in step.choices_made)
             other, place = self._run(self._step((*made, *exchanged.items()), step.excused))
-            if place is None:
+            if place is None and self._as_good(step, other):
                 self._settle_by_name(step, other, settled)
         return settled
 
@@ -236,6 +255,11 @@ class Search:
             if place is not None:
                 trial.refute()
             yield from (exchange for number, exchange in enumerate(exchanges) if number not in trial.refuted)
+
+    def _as_good(self, step: LockStep, other: LockStep) -> bool:
+        """Whether no more differs in another run."""
+        names = [name for name in step.matches if step.matches[name].source != other.matches[name].source]
+        return not contradicted(step) or cost(other, names, self._comparison) <= cost(step, names, self._comparison)
 
     @staticmethod
     def _settle_by_name(step: LockStep, other: LockStep, settled: dict[str, Evidence]) -> None:

@@ -130,8 +130,8 @@ class Comparison:
             index: the number of calls of the source before this value.
         """
         if value.ndim >= 3:
-            ours = _channels_of(self.ours.layers[pair[0]], self.ours)
-            same = ours == _channels_of(self.theirs.layers[pair[1]], self.theirs)
+            ours = channels_of(self.ours.layers[pair[0]], self.ours)
+            same = ours == channels_of(self.theirs.layers[pair[1]], self.theirs)
             return SAME if same else moved(value.ndim)[1 if ours == "first" else 2]
         if value.ndim < 2 or self.ours.channels == self.theirs.channels:
             return SAME
@@ -339,7 +339,7 @@ def _as_repeated(ours: Array, theirs: Array) -> float:
     return relative_error(*np.broadcast_arrays(ours, theirs))
 
 
-def _channels_of(layer: Layer, side: Side) -> str:
+def channels_of(layer: Layer, side: Side) -> str:
     """Where a layer has the channel axis of its data: as it is set; last, as linear layers have it; and where its model
     has it, if it acts on channels and places alike.
     """

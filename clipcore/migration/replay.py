@@ -77,8 +77,13 @@ def channels_last(value: Array) -> Array:
 
 
 def pooled(side: Side, value: Array, *, last: bool) -> Iterator[tuple[Layer, Array]]:
-    """What each pooling layer of a model makes of a value, whose channel axis may be the last."""
+    """What each pooling layer of a model makes of a value, whose channel axis may be the last, and what the mean and
+    the largest of all places are.
+    """
     for layer in side.backend.operations(side.model):
         if layer.kind in ("avg_pool", "max_pool") and value.ndim == len(layer.settings["window"]) + 2:
             result = FORWARD[layer.kind](channels_first(value, last=last), {}, layer.settings)
             yield layer, channels_last(result) if last else result
+    for axes in dict.fromkeys((tuple(range(1, value.ndim - 1)), tuple(range(2, value.ndim)))):
+        yield Layer("", "global_avg_pool", {}), value.mean(axes)
+        yield Layer("", "global_max_pool", {}), value.max(axes)

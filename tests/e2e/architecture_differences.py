@@ -90,8 +90,16 @@ def other_padding(architecture: Architecture) -> Iterator[Planted]:
 
 def other_function(architecture: Architecture) -> Iterator[Planted]:
     """Another activation function at one place."""
+    # of two in a row either would do
+    twice = {
+        key
+        for run in runs(architecture.nodes)
+        for a, b in pairwise(run)
+        for key in (a.key, b.key)
+        if isinstance(a, Activation) and isinstance(b, Activation)
+    }
     for node in dict.fromkeys(every(architecture.nodes)):
-        if not isinstance(node, Activation):
+        if not isinstance(node, Activation) or node.key in twice:
             continue
         after = readers(architecture.nodes, node.key)[0]
         for function in FUNCTIONS:

@@ -247,6 +247,17 @@ class Comparison:
             values.append(value.astype(target.dtype))
         return values
 
+    def part_that_differs(self, layer: str, theirs: Sequence[Array], others: Sequence[Array]) -> float:
+        """Of how many of their channels two inputs of one layer of the target differ, as a fraction."""
+        first = channels_of(self.theirs.layers[layer], self.theirs) == "first"
+        total = differing = 0
+        for a, b in zip(theirs, others, strict=True):
+            axis = 1 if first and a.ndim > 1 else a.ndim - 1
+            rows = [np.moveaxis(value, axis, 0) for value in (a, b)] if a.ndim else []
+            total += len(rows[0]) if rows else 0
+            differing += sum(relative_error(x, y) > tolerance(a, b) for x, y in zip(*rows, strict=True))
+        return differing / max(total, 1)
+
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
         """What call `index` of the source gave as the target would have it, and how far the target's output is from it.
 

@@ -21,9 +21,10 @@ _MOST = 40  # exchanges
 
 
 class Cost(NamedTuple):
-    """What differs in a run: how many layers, and how many settings of those that are exchanged."""
+    """What differs in a run: how many layers, how much of what they take, and how many settings of some of them."""
 
     layers: int
+    inputs: float
     settings: int
 
 
@@ -69,15 +70,16 @@ def _where_different(step: LockStep, other: LockStep) -> tuple[Exchange, Exchang
 
 
 def _exchanges(step: LockStep, comparison: Comparison) -> Iterator[Exchange]:
-    """Other origins for each layer with a difference: those that saw its input, and those of others with a difference;
-    whoever has that one gets its own, or what the search finds for it.
+    """Other origins for each layer with a difference: those that saw its input, those of others with a difference, and
+    of those that might as well have its own; whoever has that one gets its own, or what the search finds for it.
     """
     owners = {match.source: name for name, match in step.matches.items()}
     held = [match.source for name, match in step.matches.items() if name in step.differing]
     for layer, match in step.matches.items():
         if layer not in step.differing or layer in step.given.layers:
             continue
-        for option in dict.fromkeys([*step.others.get(layer, ()), *held]):
+        tied = [step.matches[tie.target].source for tie in step.ties if match.source in tie.options]
+        for option in dict.fromkeys([*step.others.get(layer, ()), *held, *tied]):
             holder = owners.get(option)
             if option == match.source or option not in comparison.fitting[layer] or holder in step.given.layers:
                 continue
@@ -94,7 +96,8 @@ def cost(step: LockStep, layers: Collection[str], comparison: Comparison) -> Cos
         pair = comparison.ours.layers[match.source], comparison.theirs.layers[name]
         call = comparison.calls[comparison.calls_of[match.source][0]]
         settings += len(differences_between(*pair, call, frozenset({"padding"} if match.padded else ())))
-    return Cost(len(step.differing) + (not step.same_outputs), settings)
+    inputs = sum(step.apart.get(name, 1.0) for name in step.differing)
+    return Cost(len(step.differing) + (not step.same_outputs), round(inputs, 6), settings)
 
 
 def _check_named(own: Exchange, other: Exchange) -> None:

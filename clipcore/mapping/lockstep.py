@@ -120,6 +120,7 @@ class LockStep:
         opened: what each call of the target in turn was; None where its tensors were in their place already.
         errors: for each call of the target in turn, the error of its input; 0 where it was excused.
         same_outputs: whether the model's outputs are the source's.
+        apart: for layers that take something else than their origin, which part of the features or channels differs.
         others: for layers with a difference, what else may be their origin, since it saw the same input.
     """
 
@@ -140,6 +141,7 @@ class LockStep:
     choices_made: Choices = ()
     opened: list[Opened | None] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    apart: dict[str, float] = field(default_factory=dict)
     others: dict[str, list[str]] = field(default_factory=dict)
     same_outputs: bool = True
     stopped: Exception | None = None
@@ -232,6 +234,7 @@ class LockStep:
         if put_in is None:
             self.alike.add(match.target)  # until its output says otherwise
         else:
+            self.apart[match.target] = self.comparison.part_that_differs(match.target, inputs, put_in)
             match.padded |= any(a.size != b.size for a, b in zip(call.inputs, put_in, strict=True))
         return put_in
 

@@ -75,9 +75,13 @@ class Search:
         self._known = True
         step = self._refined(step)
         if not contradicted(step):
-            return step, self._settle(step)
+            return self._settle(step)
         step, by_name = least(step, self._with_origins, self._comparison)
-        return step, {**by_name, **self._settle(step)}
+        better, settled = self._settle(step)
+        while better is not step:
+            step, by_name = better, {}
+            better, settled = self._settle(step)
+        return step, {**by_name, **settled}
 
     def _on(self, form: Any) -> LockStep:
         """The run on one form of the sample."""
@@ -228,8 +232,10 @@ class Search:
         found.given = own
         return found
 
-    def _settle(self, step: LockStep) -> dict[str, Evidence]:
-        """For each tie, whether another choice would do as well; then the names must tell."""
+    def _settle(self, step: LockStep) -> tuple[LockStep, dict[str, Evidence]]:
+        """For each tie, whether another choice would do as well; then the names must tell. The first run in which less
+        differs, instead, if there is one.
+        """
         settled: dict[str, Evidence] = {}
         self._bounds, self._decided = [8 * error for error in accumulate(step.errors, max)], {}
         for exchanged in self._unrefuted(step):
@@ -240,9 +246,14 @@ class Search:
                 break
             made = tuple((target, exchanged.get(target, source)) for target, source in step.choices_made)
             other, place = self._run(self._step((*made, *exchanged.items()), step.excused))
-            if place is None and self._as_good(step, other):
+            if place is not None:
+                continue
+            less = self._less_differs(step, other)
+            if less > 0:
+                return other, {}
+            if less == 0:
                 self._settle_by_name(step, other, settled)
-        return settled
+        return step, settled
 
     def _unrefuted(self, step: LockStep) -> Iterator[Mapping[str, str]]:
         """The exchanges of tied layers of which no run with many of them at once shows that they are wrong."""
@@ -256,10 +267,13 @@ class Search:
                 trial.refute()
             yield from (exchange for number, exchange in enumerate(exchanges) if number not in trial.refuted)
 
-    def _as_good(self, step: LockStep, other: LockStep) -> bool:
-        """Whether no more differs in another run."""
+    def _less_differs(self, step: LockStep, other: LockStep) -> int:
+        """1 if less differs in the other run, -1 if more does, 0 where it is as much."""
+        if not contradicted(step):
+            return 0
         names = [name for name in step.matches if step.matches[name].source != other.matches[name].source]
-        return not contradicted(step) or cost(other, names, self._comparison) <= cost(step, names, self._comparison)
+        costs = cost(step, names, self._comparison), cost(other, names, self._comparison)
+        return (costs[0] > costs[1]) - (costs[0] < costs[1])
 
     @staticmethod
     def _settle_by_name(step: LockStep, other: LockStep, settled: dict[str, Evidence]) -> None:

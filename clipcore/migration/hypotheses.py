@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, combinations, islice
+from functools import partial
+from itertools import chain, combinations, islice, product
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from clipcore.structure import leaves
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXPLAINED = 1e-5  # the relative error up to which an explanation gives what was seen
-_BEFORE = 6  # how many values before a layer's input it is explained by
-_BEFORE_SUMS = 14  # of how many any two may be added: a residual's block between them
+_BEFORE = 14  # how many values before a layer's input it is explained by: those of a block with three branches
+_BEFORE_POOL = 6
 _FIRST = 256  # elements that are looked at before all are
 _BEFORE_POOLS = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "elu", "hard_silu")
 _FEWEST = 4  # elements that one number multiplied and one added must explain
@@ -43,14 +44,14 @@ def why_another_input(comparison: Comparison, step: Step, ours: Array, theirs: A
         step: the layers that take them.
         ours, theirs: both as the source would have them.
     """
-    if ours.shape == theirs.shape:
-        for mine, other in _whole_and_parts(comparison, step, *_without_zeros(ours, theirs)):
-            for hypothesis in (_activations, _pools, _scaled):
-                found = list(hypothesis(comparison, step, mine, other))
-                if found:
-                    yield from found
-                    return
-    yield from _elsewhere(comparison, step, ours, theirs)
+    if ours.shape != theirs.shape:
+        yield from _elsewhere(comparison, step, ours, theirs)
+        return
+    pairs = list(_whole_and_parts(comparison, step, *_without_zeros(ours, theirs)))
+    tests = [partial(hypothesis, comparison, step, *pair) for pair in pairs for hypothesis in (_activations, _pools)]
+    tests += [partial(_elsewhere, comparison, step, ours, theirs)]
+    tests += [partial(_scaled, comparison, step, *pair) for pair in pairs]
+    yield from next((found for found in (list(test()) for test in tests) if found), ())
 
 
 def _whole_and_parts(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[tuple[Array, Array]]:
@@ -95,7 +96,7 @@ def _values_before(comparison: Comparison, step: Step, ours: Array) -> Iterator[
     then in its shape (a Flatten stands between).
     """
     fitting = (v for v in _flowed(comparison, step.call) if v.ndim == ours.ndim or v.size == ours.size)
-    for value in islice(fitting, _BEFORE_SUMS):
+    for value in islice(fitting, _BEFORE):
         yield value if value.ndim == ours.ndim else value.reshape(ours.shape)
 
 
@@ -158,7 +159,7 @@ def _near(first: Array, second: Array) -> bool:
 def _activations(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
     """One activation here and another there, of a value before, or of what the other model takes."""
     before = list(_values_before(comparison, step, ours))
-    for value in chain(before[:_BEFORE], _sums(before)):
+    for value in chain(before, _sums(before)):
         mine = next(_functions(value, ours), "")
         pair = mine, next(_functions(value, theirs), "") if mine != "" else ""
         if "" not in pair:
@@ -173,7 +174,7 @@ def _activations(comparison: Comparison, step: Step, ours: Array, theirs: Array)
 def _pools(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
     """One pooling here and another there, of a value before, with an activation between, the same or not."""
     before = (value for value in _flowed(comparison, step.call) if value.ndim > 2)
-    for value in islice(before, _BEFORE):
+    for value in islice(before, _BEFORE_POOL):
         mine = _pooled_to(comparison.ours, comparison, value, ours)
         other = mine and _pooled_to(comparison.theirs, comparison, value, theirs)
         if not (mine and other):
@@ -189,10 +190,13 @@ def _pools(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> It
 
 
 def _pooled_to(owner: Side, comparison: Comparison, value: Array, wanted: Array) -> tuple[str | None, Layer] | None:
-    """The activation and the pooling layer of a model that make one value of another."""
-    for name in _BEFORE_POOLS:
+    """The activation and the pooling layer that make one value of another: the model's own, or, where it pools by a
+    function that cannot be seen, the other model's.
+    """
+    sides = sorted((comparison.ours, comparison.theirs), key=lambda side: side is not owner)
+    for side, name in product(sides, _BEFORE_POOLS):
         active = activate(value.astype(np.float64), name, axis=-1)
-        for layer, result in pooled(owner, active, last=comparison.ours.channels == "last"):
+        for layer, result in pooled(side, active, last=comparison.ours.channels == "last"):
             if result.shape == wanted.shape and same(result, wanted):
                 return name, layer
     return None

@@ -49,8 +49,8 @@ class Planted:
 
 def swapped(architecture: Architecture) -> Iterator[Planted]:
     """Two layers that follow each other change places; both take what they can."""
-    if any(isinstance(node, Flatten) for node in every(architecture.nodes)):
-        return  # in which order another map was flattened cannot be seen
+    if _flattens(architecture) or _bypassed(architecture):
+        return
     for run in runs(architecture.nodes):
         for place, (first, second) in enumerate(pairwise(run)):
             if not (isinstance(first, Conv | Dense) and isinstance(second, BatchNorm | GroupNorm | LayerNorm)):
@@ -65,6 +65,8 @@ def swapped(architecture: Architecture) -> Iterator[Planted]:
 
 def moved_stride(architecture: Architecture) -> Iterator[Planted]:
     """The stride stands on the second convolution of a pair and not on the first, as in ResNet v1.5 and v1."""
+    if _flattens(architecture):
+        return
     for run in runs(architecture.nodes):
         # what stands between acts on each place alone
         kept = [node for node in run if not isinstance(node, Activation | BatchNorm)]
@@ -102,6 +104,9 @@ def other_function(architecture: Architecture) -> Iterator[Planted]:
         if not isinstance(node, Activation) or node.key in twice:
             continue
         after = readers(architecture.nodes, node.key)[0]
+        hidden = _flattens(architecture) and _last_kernel(architecture) in after
+        if hidden or (len(after) > 1 and _bypassed(architecture)):
+            continue
         for function in FUNCTIONS:
             if function != node.function:
                 changed = _replaced(architecture, {node.key: replace(node, function=function)})
@@ -116,6 +121,22 @@ def other_eps(architecture: Architecture) -> Iterator[Planted]:
             eps = EPS[-1] if node.eps < EPS[-1] else EPS[0]
             changed = _replaced(architecture, {node.key: replace(node, eps=eps)})
             yield Planted("eps", changed, frozenset({node.key}), frozenset({"eps"}))
+
+
+def _flattens(architecture: Architecture) -> bool:
+    """Whether a feature map is flattened: in which order another one was, none can see."""
+    return any(isinstance(node, Flatten) for node in every(architecture.nodes))
+
+
+def _last_kernel(architecture: Architecture) -> int:
+    """The dense layer behind the flattened map."""
+    nodes = architecture.nodes
+    return next(second.key for first, second in pairwise(nodes) if isinstance(first, Flatten))
+
+
+def _bypassed(architecture: Architecture) -> bool:
+    """Whether a concatenation holds what its branches take: that differing hides which branch of one form is which."""
+    return any(isinstance(node, Concat) and () in node.branches for node in every(architecture.nodes))
 
 
 KINDS = (swapped, moved_stride, other_padding, other_function, other_eps)

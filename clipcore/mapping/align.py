@@ -18,8 +18,6 @@ from einops import EinopsError, rearrange
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_FEWEST_ALIKE = 4  # features that are the same by more than chance
-
 
 class Arrangement(NamedTuple):
     """How the target holds what the source holds: the source's axes, the target's, and sizes that must be told."""
@@ -244,30 +242,18 @@ def other_order_fits(source: Array, target: Array, found: Agreement, orders: Ite
 
 
 def resembling(source: Array, target: Array, candidates: Sequence[Arrangement]) -> Arrangement | None:
-    """The arrangement in which two values that differ are still alike: in which several features are the same (one
-    branch differs), and at least twice as many as in any other; or (another activation or pooling keeps large what was
-    large) of which the correlation is at least half, and falls at most half as short of 1 as any other's. None where
-    none stands out.
+    """The arrangement in which two values that differ are still alike (another activation or pooling keeps large what
+    was large): of which the correlation is at least half, and falls at most half as short of 1 as any other's. None
+    where none stands out.
     """
     wide = target.astype(np.float64)
     values = [arrangement.apply(source).astype(np.float64) for arrangement in candidates]
     if any(value.shape != wide.shape or np.ptp(value) == 0 for value in (*values, wide)):
         return None
-    alike = [_features_alike(value, wide) for value in values]
-    best, *others = sorted(range(len(alike)), key=alike.__getitem__, reverse=True)
-    if alike[best] >= _FEWEST_ALIKE and all(2 * alike[other] <= alike[best] for other in others):
-        return candidates[best]
     short = [1 - float(np.corrcoef(value.ravel(), wide.ravel())[0, 1]) for value in values]
     best, *others = sorted(range(len(short)), key=short.__getitem__)
     stands_out = short[best] <= 0.5 and all(2 * short[best] <= short[other] for other in others)
     return candidates[best] if stands_out else None
-
-
-def _features_alike(first: Array, second: Array) -> int:
-    """How many features, along the last axis, are the same, and not 0 everywhere."""
-    size = np.abs(second).reshape(-1, second.shape[-1]).max(0)
-    apart = np.abs(first - second).reshape(-1, second.shape[-1]).max(0)
-    return int(((size > 0) & (apart <= 1e-5 * size)).sum())
 
 
 def closest(source: Array, target: Array, candidates: Iterable[Arrangement]) -> Agreement:

@@ -25,7 +25,7 @@ from clipcore.mapping.given import Given
 from clipcore.mapping.kinds import kind_of
 from clipcore.mapping.models import Side
 from clipcore.mapping.plan import cut
-from clipcore.mapping.rows import describe_layer, rows_between, signature, values_for
+from clipcore.mapping.rows import describe_layer, rows_between, values_for
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -385,13 +385,13 @@ class LockStep:
 
     def _next_in_order(self, layer: str) -> str:
         """The source layer left of this kind and shape: by an equal name, the only one, or the next in execution."""
-        wanted = signature(self.comparison.theirs.layers[layer])
         candidates = self._candidates(layer)
         names = [name for name in candidates if name not in self.served] or candidates
         waiting = [
             name
-            for name, other in self.comparison.theirs.layers.items()
-            if name not in self.matches and signature(other) == wanted
+            for name in self.comparison.theirs.layers
+            if name not in self.matches
+            and not (self.comparison.of_same_sizes[name] or set(self.comparison.fitting[name])).isdisjoint(names)
         ]
         fitting = [name for name in names if plain_name(name) == plain_name(layer)]
         # where no name says anything, the order of execution does, if as many layers are left on both sides

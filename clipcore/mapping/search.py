@@ -229,7 +229,7 @@ class Search:
             return None
         finally:
             self._given = own
-        found.given = own
+        found.given, found.excused = own, found.excused | found.differing
         return found
 
     def _settle(self, step: LockStep) -> tuple[LockStep, dict[str, Evidence]]:

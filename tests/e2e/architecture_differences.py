@@ -60,7 +60,7 @@ def swapped(architecture: Architecture) -> Iterator[Planted]:
             changed = _with_run(architecture, run, (*run[:place], second, first, *run[place + 2 :]))
             after = readers(architecture.nodes, second.key)[0]
             keys = {first.key, second.key, *after}
-            yield Planted("swapped order", changed, frozenset(keys), frozenset({"place"}))
+            yield Planted("swapped order", changed, frozenset(keys), frozenset({"place", "scale before it"}))
 
 
 def moved_stride(architecture: Architecture) -> Iterator[Planted]:

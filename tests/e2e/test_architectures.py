@@ -8,7 +8,7 @@ from architecture_nodes import Architecture
 from architecture_writers import keras_network, randomise, torch_network
 from architectures import architectures
 from e2e_models import assert_bitwise_equal, contents
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 
 import clipcore as cc
 
@@ -67,12 +67,17 @@ def test_every_layer_finds_its_true_origin_and_both_models_compute_the_same(back
 @given(differing())
 def test_a_planted_difference_misleads_no_layer_and_is_named(back, pair):
     architecture, planted = pair
-    both = architecture, planted.architecture
-    source, target, ours, theirs, sample = written(*both, back)
-    plan = cc.plan(source, target, sample=sample)
+    source, target, ours, theirs, sample = written(architecture, planted.architecture, back)
+    try:
+        plan = cc.plan(source, target, sample=sample)
+    except cc.MappingError as err:
+        # features that another map was flattened to are refused, and no order of theirs is guessed
+        assume("order after flattening cannot be seen" not in str(err))
+        raise
     assert set(plan.layer_pairs) == {(ours[key], theirs[key]) for key in ours}, planted.what
     cc.migrate(source, target, plan=plan)
     check = cc.verify(source, target, sample=sample, plan=plan, explain=True)
+    assume(check.noise_floor)  # a network that gives constants says nothing
     assert not check.ok
     named = {(d.layer, d.setting) for d in check.differences if d.tested}
     places = {(theirs[key], setting) for key in planted.keys for setting in planted.settings}

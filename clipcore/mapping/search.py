@@ -237,6 +237,7 @@ class Search:
         differs, instead, if there is one.
         """
         settled: dict[str, Evidence] = {}
+        unseen = {name: match.source for name, match in step.matches.items() if match.input_error == math.inf}
         self._bounds, self._decided = [8 * error for error in accumulate(step.errors, max)], {}
         for exchanged in self._unrefuted(step):
             if settled.keys() >= exchanged.keys():
@@ -245,7 +246,11 @@ class Search:
                 settled.update({tie.target: "structure" for tie in step.ties if tie.target not in settled})
                 break
             made = tuple((target, exchanged.get(target, source)) for target, source in step.choices_made)
-            other, place = self._run(self._step((*made, *exchanged.items()), step.excused))
+            other = self._step((*made, *exchanged.items()), step.excused)
+            kept = {name: source for name, source in unseen.items() if name not in exchanged}
+            other.given = replace(self._given, layers={**self._given.layers, **kept})
+            _, place = self._run(other)
+            other.given = self._given
             if place is not None:
                 continue
             less = self._less_differs(step, other)

@@ -20,6 +20,7 @@ from architecture_nodes import (
     LayerNorm,
     Node,
     Nodes,
+    Pool,
     Residual,
     every,
     readers,
@@ -70,8 +71,9 @@ def moved_stride(architecture: Architecture) -> Iterator[Planted]:
     for run in runs(architecture.nodes):
         # what stands between acts on each place alone
         kept = [node for node in run if not isinstance(node, Activation | BatchNorm)]
+        keys = [node.key for node in kept]
         for first, second in pairwise(kept):
-            if not (isinstance(first, Conv) and isinstance(second, Conv)):
+            if not (isinstance(first, Conv) and isinstance(second, Conv)) or keys.count(second.key) > 1:
                 continue
             if first.stride == 2 and second.stride == 1 and first.kernel == 1 < second.kernel:
                 changes = {first.key: replace(first, stride=1), second.key: replace(second, stride=2)}
@@ -92,20 +94,14 @@ def other_padding(architecture: Architecture) -> Iterator[Planted]:
 
 def other_function(architecture: Architecture) -> Iterator[Planted]:
     """Another activation function at one place."""
-    # of two in a row either would do
-    twice = {
-        key
-        for run in runs(architecture.nodes)
-        for a, b in pairwise(run)
-        for key in (a.key, b.key)
-        if isinstance(a, Activation) and isinstance(b, Activation)
-    }
+    # of two in a row either would do, and what two poolings in a row make of one, nothing computes
+    hidden = {node.key for run in runs(architecture.nodes) for node in _hidden_functions(run)}
     for node in dict.fromkeys(every(architecture.nodes)):
-        if not isinstance(node, Activation) or node.key in twice:
+        if not isinstance(node, Activation) or node.key in hidden:
             continue
         after = readers(architecture.nodes, node.key)[0]
-        hidden = _flattens(architecture) and _last_kernel(architecture) in after
-        if hidden or (len(after) > 1 and _bypassed(architecture)):
+        flat = _flattens(architecture) and _last_kernel(architecture) in after
+        if flat or (len(after) > 1 and _bypassed(architecture)):
             continue
         for function in FUNCTIONS:
             if function != node.function:
@@ -121,6 +117,15 @@ def other_eps(architecture: Architecture) -> Iterator[Planted]:
             eps = EPS[-1] if node.eps < EPS[-1] else EPS[0]
             changed = _replaced(architecture, {node.key: replace(node, eps=eps)})
             yield Planted("eps", changed, frozenset({node.key}), frozenset({"eps"}))
+
+
+def _hidden_functions(run: Nodes) -> Iterator[Node]:
+    for first, second in pairwise(run):
+        if isinstance(first, Activation) and isinstance(second, Activation):
+            yield from (first, second)
+    for first, *pools in zip(run, run[1:], run[2:], strict=False):
+        if isinstance(first, Activation) and all(isinstance(pool, Pool) for pool in pools):
+            yield first
 
 
 def _flattens(architecture: Architecture) -> bool:

@@ -71,8 +71,10 @@ def test_a_planted_difference_misleads_no_layer_and_is_named(back, pair):
     try:
         plan = cc.plan(source, target, sample=sample)
     except cc.MappingError as err:
-        # features that another map was flattened to are refused, and no order of theirs is guessed
+        # behind another map nothing tells the order of flattened features; nor, if two layers change places, always
+        # which of two branches they are in: such is refused, and not guessed
         assume("order after flattening cannot be seen" not in str(err))
+        assume(planted.what != "swapped order" or "possible origins" not in str(err))
         raise
     assert set(plan.layer_pairs) == {(ours[key], theirs[key]) for key in ours}, planted.what
     cc.migrate(source, target, plan=plan)

@@ -6,6 +6,7 @@ is given every other origin that saw its input, whoever has that one gets its ow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def least(
         costs = cost(step, own, comparison), cost(other, own, comparison)
         if costs[1] < costs[0]:
             step = other
-        elif costs[1] == costs[0]:
+        elif costs[1] == costs[0] and any(_saw(way, name) for way in (step, other) for name in own):
             ties.append((own, others))
     settled: dict[str, Evidence] = {}
     for own, others in ties:
@@ -61,6 +62,11 @@ def least(
             _check_named(own, others)
             settled.update(dict.fromkeys(own, "name"))
     return step, settled
+
+
+def _saw(step: LockStep, layer: str) -> bool:
+    """Whether a layer takes what its origin does; of those that do not, the order of execution decides."""
+    return step.matches[layer].input_error < math.inf
 
 
 def _where_different(step: LockStep, other: LockStep) -> tuple[Exchange, Exchange]:

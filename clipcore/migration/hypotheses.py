@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, combinations, islice, product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXPLAINED = 1e-5  # the relative error up to which an explanation gives what was seen
 _BEFORE = 14  # how many values before a layer's input it is explained by: those of a block with three branches
-_BEFORE_POOL = 6
 _FIRST = 256  # elements that are looked at before all are
 _BEFORE_POOLS = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "elu", "hard_silu")
 _FEWEST = 4  # elements that one number multiplied and one added must explain
@@ -47,7 +46,8 @@ def why_another_input(comparison: Comparison, step: Step, ours: Array, theirs: A
     if ours.shape != theirs.shape:
         yield from _elsewhere(comparison, step, ours, theirs)
         return
-    pairs = list(_whole_and_parts(comparison, step, *_without_zeros(ours, theirs)))
+    mine, other = _without_zeros(ours, theirs)
+    pairs = list(_whole_and_parts(comparison, step, mine, other))
     tests = [partial(hypothesis, comparison, step, *pair) for pair in pairs for hypothesis in (_activations, _pools)]
     tests += [partial(_elsewhere, comparison, step, ours, theirs)]
     tests += [partial(_scaled, comparison, step, *pair) for pair in pairs]
@@ -78,17 +78,15 @@ def _channel_axis(comparison: Comparison, step: Step, value: Array) -> int:
     return 1 if first and value.ndim > 1 else value.ndim - 1
 
 
-def _without_zeros(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """Two values without a border of zeros that both have: what was padded before the layers."""
-    if ours.ndim < 3:
-        return ours, theirs
-    inner = [slice(None)] * ours.ndim
-    for axis in range(1, ours.ndim):
-        others = tuple(a for a in range(ours.ndim) if a != axis)
-        filled = np.flatnonzero(np.any(ours != 0, axis=others) | np.any(theirs != 0, axis=others))
+def _without_zeros(*values: Array) -> tuple[Array, ...]:
+    """Values of one shape without a border of zeros that all have: what was padded before the layers."""
+    inner = [slice(None)] * values[0].ndim
+    for axis in range(1, len(inner) if len(inner) > 2 else 0):
+        others = tuple(a for a in range(len(inner)) if a != axis)
+        filled = np.flatnonzero(np.logical_or.reduce([np.any(value != 0, axis=others) for value in values]))
         if filled.size:
             inner[axis] = slice(filled[0], filled[-1] + 1)
-    return ours[tuple(inner)], theirs[tuple(inner)]
+    return tuple(value[tuple(inner)] for value in values)
 
 
 def _values_before(comparison: Comparison, step: Step, ours: Array) -> Iterator[Array]:
@@ -126,9 +124,12 @@ def _not_activated(side: Side, call: Call) -> Iterator[Array]:
         return
 
 
-def _sums(values: Sequence[Array]) -> Iterator[Array]:
-    """The sums of two of these values of one shape: a residual's."""
-    return (a + b for a, b in combinations(values, 2) if a.shape == b.shape)
+def _with_sums(values: Sequence[Array]) -> Iterator[Array]:
+    """Values, and the sums of the first and another: what a residual's block gave, and what flowed past it."""
+    yield from values
+    for other in values[1:]:
+        if other.shape == values[0].shape:
+            yield values[0] + other
 
 
 def _functions(value: Array, wanted: Array) -> Iterator[str | None]:
@@ -159,7 +160,7 @@ def _near(first: Array, second: Array) -> bool:
 def _activations(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
     """One activation here and another there, of a value before, or of what the other model takes."""
     before = list(_values_before(comparison, step, ours))
-    for value in chain(before, _sums(before)):
+    for value in _with_sums(before):
         mine = next(_functions(value, ours), "")
         pair = mine, next(_functions(value, theirs), "") if mine != "" else ""
         if "" not in pair:
@@ -173,8 +174,8 @@ def _activations(comparison: Comparison, step: Step, ours: Array, theirs: Array)
 
 def _pools(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
     """One pooling here and another there, of a value before, with an activation between, the same or not."""
-    before = (value for value in _flowed(comparison, step.call) if value.ndim > 2)
-    for value in islice(before, _BEFORE_POOL):
+    maps = (value for value in _flowed(comparison, step.call) if value.ndim > 2)
+    for value in _with_sums(list(islice(maps, _BEFORE))):
         mine = _pooled_to(comparison.ours, comparison, value, ours)
         other = mine and _pooled_to(comparison.theirs, comparison, value, theirs)
         if not (mine and other):
@@ -194,10 +195,11 @@ def _pooled_to(owner: Side, comparison: Comparison, value: Array, wanted: Array)
     function that cannot be seen, the other model's.
     """
     sides = sorted((comparison.ours, comparison.theirs), key=lambda side: side is not owner)
+    last = comparison.ours.channels == "last"
     for side, name in product(sides, _BEFORE_POOLS):
-        active = activate(value.astype(np.float64), name, axis=-1)
-        for layer, result in pooled(side, active, last=comparison.ours.channels == "last"):
-            if result.shape == wanted.shape and same(result, wanted):
+        active = activate(value[:1].astype(np.float64), name, axis=-1)
+        for layer, result in pooled(side, active, last=last):
+            if result.shape[1:] == wanted.shape[1:] and same(result, wanted[:1]):
                 return name, layer
     return None
 
@@ -242,7 +244,8 @@ def _place_of(comparison: Comparison, but: int, value: Array) -> str:
 
 
 def _is(flowing: Array, value: Array) -> bool:
-    return flowing.shape == value.shape and same(flowing, value)
+    (mine,), (other,) = _without_zeros(flowing), _without_zeros(value)
+    return mine.shape == other.shape and same(mine, other)
 
 
 def _numbers(values: Array) -> str:

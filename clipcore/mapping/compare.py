@@ -250,13 +250,14 @@ class Comparison:
     def part_that_differs(self, layer: str, theirs: Sequence[Array], others: Sequence[Array]) -> float:
         """Of how many of their channels two inputs of one layer of the target differ, as a fraction."""
         first = channels_of(self.theirs.layers[layer], self.theirs) == "first"
-        total = differing = 0
+        differing: list[bool] = []
         for a, b in zip(theirs, others, strict=True):
-            axis = 1 if first and a.ndim > 1 else a.ndim - 1
-            rows = [np.moveaxis(value, axis, 0) for value in (a, b)] if a.ndim else []
-            total += len(rows[0]) if rows else 0
-            differing += sum(relative_error(x, y) > tolerance(a, b) for x, y in zip(*rows, strict=True))
-        return differing / max(total, 1)
+            axis = 1 if first and a.ndim > 1 else -1
+            rows = [np.moveaxis(np.atleast_1d(value), axis, 0).astype(np.float64) for value in (a, b)]
+            rows = [value.reshape(len(value), -1) for value in rows]
+            size, apart = np.abs(rows[1]).max(1, initial=0), np.abs(rows[0] - rows[1]).max(1, initial=0)
+            differing += (~(apart <= tolerance(a, b) * size)).tolist()
+        return float(np.mean(differing)) if differing else 0.0
 
     def layer_outputs(self, index: int, layer: str, theirs: Any) -> tuple[Any, float]:
         """What call `index` of the source gave as the target would have it, and how far the target's output is from it.

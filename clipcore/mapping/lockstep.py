@@ -214,7 +214,10 @@ class LockStep:
             match = known
         else:
             self._bind(layer, match)
-        return self._take(Opened(match, index, put_in=not found), inputs)
+        put_in = self._take(Opened(match, index, put_in=not found), inputs)
+        if put_in is not None:
+            self.apart[layer] = self.comparison.part_that_differs(layer, inputs, put_in)
+        return put_in
 
     def _take(self, opened: Opened | None, inputs: list[Array]) -> list[Array] | None:
         """Take note of a call that begins; the inputs that are put in, if any."""
@@ -234,7 +237,6 @@ class LockStep:
         if put_in is None:
             self.alike.add(match.target)  # until its output says otherwise
         else:
-            self.apart[match.target] = self.comparison.part_that_differs(match.target, inputs, put_in)
             match.padded |= any(a.size != b.size for a, b in zip(call.inputs, put_in, strict=True))
         return put_in
 

@@ -80,9 +80,10 @@ def _exchanges(step: LockStep, comparison: Comparison) -> Iterator[Exchange]:
     of those that might as well have its own; whoever has that one gets its own, or what the search finds for it.
     """
     owners = {match.source: name for name, match in step.matches.items()}
-    held = [match.source for name, match in step.matches.items() if name in step.differing]
+    differing = step.differing
+    held = [match.source for name, match in step.matches.items() if name in differing]
     for layer, match in step.matches.items():
-        if layer not in step.differing or layer in step.given.layers:
+        if layer not in differing or layer in step.given.layers:
             continue
         tied = [step.matches[tie.target].source for tie in step.ties if match.source in tie.options]
         for option in dict.fromkeys([*step.others.get(layer, ()), *held, *tied]):
@@ -102,8 +103,9 @@ def cost(step: LockStep, layers: Collection[str], comparison: Comparison) -> Cos
         pair = comparison.ours.layers[match.source], comparison.theirs.layers[name]
         call = comparison.calls[comparison.calls_of[match.source][0]]
         settings += len(differences_between(*pair, call, frozenset({"padding"} if match.padded else ())))
-    inputs = sum(step.apart.get(name, 1.0) for name in step.differing)
-    return Cost(len(step.differing) + (not step.same_outputs), round(inputs, 6), settings)
+    differing = sorted(step.differing)
+    inputs = sum(step.apart.get(name, 1.0) for name in differing)
+    return Cost(len(differing) + (not step.same_outputs), round(inputs, 6), settings)
 
 
 def _check_named(own: Exchange, other: Exchange) -> None:

@@ -66,11 +66,11 @@ def _whole_and_parts(comparison: Comparison, step: Step, ours: Array, theirs: Ar
         return
     start, stop = differing[0], differing[-1] + 1
     flowed = islice((v for v in _flowed(comparison, step.call) if v.ndim == ours.ndim), _BEFORE)
-    widths = dict.fromkeys([*(value.shape[axis] for value in flowed), stop - start])
-    for width in widths:
-        for begin in range(max(stop - width, 0), min(start, len(first) - width) + 1):
-            part = slice(begin, begin + width)
-            yield np.moveaxis(first[part], 0, axis), np.moveaxis(second[part], 0, axis)
+    for width in dict.fromkeys([*(value.shape[axis] for value in flowed), stop - start]):
+        for begin in dict.fromkeys((start, stop - width, 0, len(first) - width)):
+            if 0 <= begin <= start and stop <= begin + width <= len(first):
+                part = slice(begin, begin + width)
+                yield np.moveaxis(first[part], 0, axis), np.moveaxis(second[part], 0, axis)
 
 
 def _channel_axis(comparison: Comparison, step: Step, value: Array) -> int:
@@ -138,10 +138,11 @@ def _functions(value: Array, wanted: Array) -> Iterator[str | None]:
         return
     wide = value.astype(np.float64)
     few = wide.ravel()[:_FIRST], wanted.ravel()[:_FIRST]
+    allowed = 2 * _EXPLAINED * np.abs(wanted).max(initial=0)
     with np.errstate(all="ignore"):
         for name in (None, *ACTIVATIONS):
             by_element = name not in ("softmax", "log_softmax")
-            if by_element and not _near(activate(few[0], name, axis=-1), few[1]):
+            if by_element and (np.abs(activate(few[0], name, axis=-1) - few[1]) > allowed).any():
                 continue
             if same(activate(wide, name, axis=-1), wanted):
                 yield name
@@ -150,11 +151,6 @@ def _functions(value: Array, wanted: Array) -> Iterator[str | None]:
         slope = float(np.median(wanted[below] / wide[below]))
         if same(activate(wide, "leaky_relu", axis=-1, slope=slope), wanted):
             yield f"leaky_relu with slope {slope:.6g}"
-
-
-def _near(first: Array, second: Array) -> bool:
-    """Whether a few elements leave it open that all are the same."""
-    return bool(np.abs(first - second).max(initial=0) <= 1e-3 * max(np.abs(second).max(initial=0), 1e-3))
 
 
 def _activations(comparison: Comparison, step: Step, ours: Array, theirs: Array) -> Iterator[Difference]:
@@ -197,10 +193,12 @@ def _pooled_to(owner: Side, comparison: Comparison, value: Array, wanted: Array)
     sides = sorted((comparison.ours, comparison.theirs), key=lambda side: side is not owner)
     last = comparison.ours.channels == "last"
     for side, name in product(sides, _BEFORE_POOLS):
-        active = activate(value[:1].astype(np.float64), name, axis=-1)
-        for layer, result in pooled(side, active, last=last):
-            if result.shape[1:] == wanted.shape[1:] and same(result, wanted[:1]):
-                return name, layer
+        active = activate(value.astype(np.float64), name, axis=-1)
+        fitting = [layer for layer, result in pooled(side, active[:1], last=last) if _fits(result, wanted[:1])]
+        if fitting:
+            for layer, result in pooled(side, active, last=last):
+                if layer in fitting and _fits(result, wanted):
+                    return name, layer
     return None
 
 
@@ -231,9 +229,8 @@ def _elsewhere(comparison: Comparison, step: Step, ours: Array, theirs: Array) -
 
 def _place_of(comparison: Comparison, but: int, value: Array) -> str:
     """Where a value flows in the source, except as what call `but` takes; empty where it does not."""
-    for _, given in leaves(comparison.sample):
-        if _is(given, value):
-            return "the sample"
+    if any(_is(given, value) for given in _floats(comparison.sample)):
+        return "the sample"
     for call in comparison.calls:
         if any(_is(given, value) for given in _floats(call.output)):
             return f"what {call.layer} gives"
@@ -245,7 +242,11 @@ def _place_of(comparison: Comparison, but: int, value: Array) -> str:
 
 def _is(flowing: Array, value: Array) -> bool:
     (mine,), (other,) = _without_zeros(flowing), _without_zeros(value)
-    return mine.shape == other.shape and same(mine, other)
+    return _fits(mine, other)
+
+
+def _fits(result: Array, wanted: Array) -> bool:
+    return result.shape == wanted.shape and same(result, wanted)
 
 
 def _numbers(values: Array) -> str:
